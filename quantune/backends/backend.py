@@ -1,0 +1,67 @@
+"""The tensor side of a backend: what it stores, how it packs, how it dequantizes, how it merges."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantune.backends.layout import PackedLayout, PackedWeight, TensorSpec
+from quantune.errors import QuantizationError
+
+
+class Backend(abc.ABC):
+    """A weight format. Subclasses are stateless: everything about one weight is in its `PackedLayout`."""
+
+    name: str
+
+    @abc.abstractmethod
+    def inner_tensors(self, shape: tuple[int, int], options: Any) -> Mapping[str, TensorSpec]:
+        """The tensors that store a weight of `shape` (out features, in features), in the order they are laid out.
+
+        Raises:
+            QuantizationError: the format can't store this shape.
+        """
+
+    @abc.abstractmethod
+    def pack(self, weight: Tensor, options: Any) -> Mapping[str, Tensor]:
+        """Quantize a finite float `weight` (out features, in features) into the tensors of `inner_tensors`."""
+
+    @abc.abstractmethod
+    def dequantize(self, packed: PackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        """The weight as a dense tensor of `dtype`, shape `packed.layout.shape`.
+
+        `out`, when given, is a contiguous tensor of that dtype and shape which the result may be written into; the
+        result is returned either way.
+        """
+
+    def merge(self, packed: PackedWeight, delta: Tensor, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight plus `delta`, added in fp32 and rounded once to `dtype`."""
+        return self.dequantize(packed, torch.float32).add_(delta.float()).to(dtype)
+
+    def layout(self, shape: tuple[int, int], dtype: torch.dtype, options: Any) -> PackedLayout:
+        """The layout of a weight of `shape` and `dtype`, before there is one."""
+        tensors = self.inner_tensors(shape, options)
+        return PackedLayout.plan(backend=self.name, options=options, shape=shape, dtype=dtype, tensors=tensors)
+
+
+def pack_weight(backend: Backend, weight: Tensor, options: Any, *, name: str = "weight") -> PackedWeight:
+    """Pack one weight, shape (out features, in features), of any float dtype.
+
+    Raises:
+        QuantizationError: the weight is not a float matrix or holds NaN or infinity; `name` is in the message.
+    """
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise QuantizationError(
+            f"{name}: expected a float matrix to pack, found {weight.dtype} with shape {tuple(weight.shape)}"
+        )
+    if not torch.isfinite(weight).all():
+        raise QuantizationError(
+            f"{name}: can't be packed, it holds NaN or infinity. The checkpoint is damaged; "
+            f"fetch it again, or name the module in [quantization] skip"
+        )
+    layout = backend.layout((weight.shape[0], weight.shape[1]), weight.dtype, options)
+    return PackedWeight(layout, layout.write(backend.pack(weight, options)))

@@ -1,0 +1,70 @@
+"""The bitsandbytes backend: 4-bit NF4 and FP4, and row-wise 8-bit integers, as weight-only formats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+import attrs
+
+from quantune.backends.description import BackendDescription, Probe, probe_package
+
+if TYPE_CHECKING:
+    from quantune.backends.backend import Backend
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+DEFAULT_BLOCK_SIZE = 64
+
+
+@attrs.frozen(kw_only=True)
+class BnbOptions:
+    """Options of the bitsandbytes backend."""
+
+    weight_dtype: Literal["nf4", "fp4", "int8"] = "nf4"
+    """4-bit NormalFloat, 4-bit float, or 8-bit integers with one scale per row."""
+    block_size: int | None = None
+    """`nf4` and `fp4`: weights that share one scale, 64 by default."""
+    double_quant: bool | None = None
+    """`nf4` and `fp4`: store the scales in 8 bit too (about 0.4 bits per weight less), true by default."""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        """What is wrong across the values: pairs of key and message."""
+        if self.weight_dtype == "int8":
+            for key in ("block_size", "double_quant"):
+                if getattr(self, key) is not None:
+                    yield key, f'{key} has no meaning for weight_dtype = "int8", which has one scale per row'
+        elif self.block_size is not None and self.block_size not in BLOCK_SIZES:
+            sizes = ", ".join(str(size) for size in BLOCK_SIZES)
+            yield "block_size", f"expected one of {sizes}, found {self.block_size}"
+
+    def resolved(self) -> BnbOptions:
+        """The same options with every default written out."""
+        if self.weight_dtype == "int8":
+            return self
+        return attrs.evolve(
+            self,
+            block_size=self.block_size or DEFAULT_BLOCK_SIZE,
+            double_quant=True if self.double_quant is None else self.double_quant,
+        )
+
+
+def _probe() -> Probe:
+    return probe_package(
+        "bitsandbytes", minimum=(0, 49), devices=("cpu", "cuda"), install="pip install 'bitsandbytes>=0.49'"
+    )
+
+
+def _load() -> Backend:
+    from quantune.backends.bnb.formats import BnbBackend
+
+    return BnbBackend()
+
+
+description = BackendDescription(
+    name="bnb",
+    summary="bitsandbytes: 4-bit NF4 and FP4 in blocks, int8 by rows",
+    weight_dtypes=("nf4", "fp4", "int8"),
+    options=BnbOptions,
+    probe=_probe,
+    load=_load,
+)

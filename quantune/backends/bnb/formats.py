@@ -1,0 +1,106 @@
+"""Packing and dequantizing in bitsandbytes' formats, bit for bit as bitsandbytes does it.
+
+nf4, fp4   two codes a byte, the even element in the high nibble; one fp32 scale (absmax) per block of the flattened
+           weight. With double quantization the scales, less their mean, are themselves stored in 8 bit with one fp32
+           scale per 256 (QLoRA, arXiv:2305.14314; bitsandbytes.functional.quantize_4bit).
+int8       one byte a weight and one fp32 absmax per row: w = q * absmax / 127
+           (bitsandbytes.functional.int8_vectorwise_quant).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+from quantune.backends.backend import Backend
+from quantune.backends.bnb import BnbOptions
+from quantune.backends.layout import PackedWeight, TensorSpec
+
+NESTED_BLOCK_SIZE = 256
+"""Scales that share one scale under double quantization; fixed in bitsandbytes."""
+INT8_STEP = 1 / 127
+
+
+class BnbBackend(Backend):
+    """bitsandbytes' weight formats."""
+
+    name = "bnb"
+
+    def inner_tensors(self, shape: tuple[int, int], options: BnbOptions) -> Mapping[str, TensorSpec]:
+        options = options.resolved()
+        if options.weight_dtype == "int8":
+            return {"codes": TensorSpec(torch.int8, shape), "absmax": TensorSpec(torch.float32, (shape[0],))}
+        assert options.block_size is not None
+        count = math.prod(shape)
+        blocks = -(-count // options.block_size)
+        codes = TensorSpec(torch.uint8, (-(-count // 2),))
+        if not options.double_quant:
+            return {"codes": codes, "absmax": TensorSpec(torch.float32, (blocks,))}
+        return {
+            "codes": codes,
+            "absmax": TensorSpec(torch.uint8, (blocks,)),
+            "nested_absmax": TensorSpec(torch.float32, (-(-blocks // NESTED_BLOCK_SIZE),)),
+            "nested_offset": TensorSpec(torch.float32, (1,)),
+        }
+
+    def pack(self, weight: Tensor, options: BnbOptions) -> Mapping[str, Tensor]:
+        options = options.resolved()
+        if options.weight_dtype == "int8":
+            return _pack_int8(weight)
+        codes, state = bnb.quantize_4bit(
+            weight.contiguous(),
+            blocksize=options.block_size,
+            compress_statistics=options.double_quant,
+            quant_type=options.weight_dtype,
+        )
+        if not options.double_quant:
+            return {"codes": codes.reshape(-1), "absmax": state.absmax}
+        return {
+            "codes": codes.reshape(-1),
+            "absmax": state.absmax,
+            "nested_absmax": state.state2.absmax,
+            "nested_offset": state.offset.reshape(1),
+        }
+
+    def dequantize(self, packed: PackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        options: BnbOptions = packed.layout.options  # type: ignore[assignment]  # the layout is backend-agnostic
+        options = options.resolved()
+        views = packed.views()
+        if options.weight_dtype == "int8":
+            return _dequantize_int8(views["codes"], views["absmax"], dtype, out)
+        assert options.block_size is not None
+        absmax = views["absmax"]
+        if options.double_quant:
+            absmax = bnb.dequantize_blockwise(
+                absmax,
+                absmax=views["nested_absmax"],
+                code=_dynamic_map(absmax.device),
+                blocksize=NESTED_BLOCK_SIZE,
+            )
+            absmax += views["nested_offset"]
+        return torch.ops.bitsandbytes.dequantize_4bit(
+            views["codes"], absmax, options.block_size, options.weight_dtype, packed.layout.shape, dtype
+        )
+
+
+def _pack_int8(weight: Tensor) -> dict[str, Tensor]:
+    absmax = weight.abs().amax(dim=1).float()
+    scale = torch.where(absmax > 0, 127.0 / absmax, 0.0)  # a row of zeros has no scale: its codes are zeros
+    return {"codes": torch.round(weight * scale[:, None]).to(torch.int8), "absmax": absmax}
+
+
+def _dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    if out is None or out.dtype != torch.float32:
+        return (codes * absmax[:, None]).mul_(INT8_STEP).to(dtype)
+    return out.copy_(codes).mul_(absmax[:, None]).mul_(INT8_STEP)
+
+
+@lru_cache
+def _dynamic_map(device: torch.device) -> Tensor:
+    """bitsandbytes' 8-bit code book for scales, shape (256,), fp32: a constant of the format."""
+    return bnb.create_dynamic_map().to(device)

@@ -1,0 +1,108 @@
+"""Every error quantune raises on purpose.
+
+QuantuneError                 the base: a sentence for the person who meets it, and an exit code
+├── InputError                something given to quantune can't be used (exit code 2, found before weights are loaded)
+│   ├── RecipeError           one or more problems in a recipe, each with its position
+│   ├── DataError             a data file or row that can't be used
+│   ├── ModelError            a base model or adapter that can't be used, or targets that match nothing
+│   ├── BackendError          a backend that is unknown, missing something, or given wrong options
+│   └── RunFolderError        a run folder that is in use, finished, or not a run folder
+├── QuantizationError         a weight that can't be packed, or that should be packed and is not
+├── NonFiniteError            a loss or gradient that is NaN or infinite
+├── CheckpointError           a checkpoint that is damaged, or does not belong to this run
+└── InterruptedRun            the run was asked to stop and saved what it had (exit code 75: resume me)
+
+A message says what was expected, what was found and what to do. The command line prints it without a traceback unless
+`--debug` is given; everything else that escapes is a bug in quantune.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+
+EXIT_FAILURE = 1
+EXIT_INPUT = 2
+EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: run it again
+
+
+class QuantuneError(Exception):
+    """An error with a sentence for the person who meets it."""
+
+    exit_code = EXIT_FAILURE
+
+
+class InputError(QuantuneError):
+    """Something given to quantune can't be used."""
+
+    exit_code = EXIT_INPUT
+
+
+@attrs.frozen(kw_only=True)
+class Problem:
+    """One thing that is wrong with a recipe."""
+
+    code: str
+    """Stable code, e.g. `QT012`."""
+    where: str
+    """The key path in the recipe, e.g. `adapter.r` or `data.train[0].path`."""
+    message: str
+    """What was expected and what was found."""
+    hint: str | None = None
+    """What to do about it."""
+    line: int | None = None
+    """Line in the file, from 1; None when the value did not come from a file."""
+    column: int | None = None
+    """Column in the line, from 1."""
+    source_line: str | None = None
+    """The text of that line."""
+    origin: str | None = None
+    """The file, or `--set adapter.r=...`."""
+
+    def __str__(self) -> str:
+        place = ":".join(str(part) for part in (self.origin, self.line, self.column) if part is not None)
+        text = f"{place} [{self.where}] {self.message}  {self.code}" if place else f"[{self.where}] {self.message}  {self.code}"
+        return f"{text}\n  {self.hint}" if self.hint else text
+
+
+class RecipeError(InputError):
+    """One or more problems in a recipe, all reported at once."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+class DataError(InputError):
+    """A data file or row that can't be used."""
+
+
+class ModelError(InputError):
+    """A base model or adapter that can't be used, or adapter targets that match nothing."""
+
+
+class BackendError(InputError):
+    """A backend that is unknown, lacks something, or was given options it does not have."""
+
+
+class RunFolderError(InputError):
+    """A run folder that is in use, finished, or not a run folder at all."""
+
+
+class QuantizationError(QuantuneError):
+    """A weight that can't be packed, or that the recipe meant to pack and that is not packed."""
+
+
+class NonFiniteError(QuantuneError):
+    """A loss or gradient that is NaN or infinite; nothing was updated with it."""
+
+
+class CheckpointError(QuantuneError):
+    """A checkpoint that is damaged, or that does not belong to this run."""
+
+
+class InterruptedRun(QuantuneError):
+    """The run was asked to stop; everything up to the last step is saved."""
+
+    exit_code = EXIT_RESUMABLE

@@ -1,0 +1,160 @@
+"""Adapters through PEFT: which layers they cover, attaching, saving and loading them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import re
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from quantune.errors import ModelError
+from quantune.model.load import linear_layers
+from quantune.model.lora_layer import QuantLoraLinear
+from quantune.quantized.linear import QuantLinear
+from quantune.recipe.schema import AdapterConfig
+
+logging.getLogger("torchao").setLevel(logging.ERROR)  # importing it through PEFT reports optional kernels it lacks
+
+
+def match_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
+    """Names of the linear layers that `config.targets` covers.
+
+    Raises:
+        ModelError: a target matches nothing, `modules_to_save` names no module, or the regular expression is invalid.
+    """
+    linears = linear_layers(model)
+    targets = config.targets
+    if targets == "all-linear":
+        matched = linears
+    elif isinstance(targets, str):
+        matched = [name for name in linears if _compile(targets).fullmatch(name)]
+    else:
+        matched = [name for name in linears if any(_has_suffix(name, target) for target in targets)]
+        unmatched = [target for target in targets if not any(_has_suffix(name, target) for name in linears)]
+        if unmatched:
+            raise ModelError(_no_match(unmatched[0], linears))
+    if not matched:
+        raise ModelError(_no_match(str(targets), linears))
+    names = [name for name, _ in model.named_modules()]
+    for module in config.modules_to_save:
+        if not any(_has_suffix(name, module) for name in names):
+            leaves = sorted({name.rpartition(".")[2] for name in names if name})
+            raise ModelError(
+                f'[adapter] modules_to_save: expected names of modules, found "{module}", which the model does not '
+                f"have{_did_you_mean(module, leaves)}"
+            )
+    return matched
+
+
+def attach(model: PreTrainedModel, config: AdapterConfig, *, base_name: str, seed: int) -> PeftModel:
+    """Put a freshly initialized adapter on the model; its parameters are fp32 and the only ones that are trained.
+
+    The initialization depends on `seed` and the model's structure alone, not on how many processes there are.
+    """
+    matched = match_targets(model, config)
+    targets = config.targets
+    if targets == "all-linear":
+        targets = tuple(sorted({name.rpartition(".")[2] for name in matched}))
+    lora = LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT annotates int, and takes any number
+        lora_dropout=config.dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=None if isinstance(targets, str) else _head_names(model),
+        use_rslora=config.use_rslora,
+        use_dora=config.use_dora,
+        modules_to_save=list(config.modules_to_save) or None,
+        task_type="CAUSAL_LM",
+    )
+    lora._register_custom_module({QuantLinear: QuantLoraLinear})
+    torch.manual_seed(seed)
+    peft_model = get_peft_model(model, lora)
+    peft_model.peft_config["default"].base_model_name_or_path = base_name
+    for parameter in peft_model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return peft_model
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trained, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`."""
+    config = model.peft_config["default"]
+    for key in ("target_modules", "exclude_modules"):
+        value = getattr(config, key)
+        if isinstance(value, set):
+            setattr(config, key, sorted(value))  # a set is written in an order that changes from run to run
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """Put a saved adapter on the model, for inference.
+
+    Raises:
+        ModelError: the folder holds no adapter, holds pickles, or does not fit the model.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"expected an adapter in {folder}, found no adapter_config.json there")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(f"{folder} has no adapter_model.safetensors; quantune does not read pickled adapters (.bin)")
+    try:
+        config = LoraConfig.from_pretrained(str(folder))
+        config._register_custom_module({QuantLinear: QuantLoraLinear})
+        config.inference_mode = True
+        return PeftModel.from_pretrained(model, str(folder), config=config)
+    except (RuntimeError, ValueError, json.JSONDecodeError) as error:
+        raise ModelError(f"the adapter in {folder} does not fit the base: {error}") from error
+
+
+def adapter_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a saved adapter by name."""
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def _head_names(model: PreTrainedModel) -> list[str] | None:
+    head = model.get_output_embeddings()
+    return [name for name, module in model.named_modules() if module is head] or None
+
+
+def _has_suffix(name: str, suffix: str) -> bool:
+    return name == suffix or name.endswith("." + suffix)
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ModelError(
+            f"[adapter] targets: expected a regular expression, found {json.dumps(pattern)}: {error}"
+        ) from error
+
+
+def _no_match(target: str, linears: list[str]) -> str:
+    kinds: dict[str, int] = {}
+    for name in linears:
+        leaf = name.rpartition(".")[2]
+        kinds[leaf] = kinds.get(leaf, 0) + 1
+    there_are = ", ".join(f"{leaf} (x{count})" for leaf, count in sorted(kinds.items())) or "none"
+    example = f", e.g. {linears[0]}" if linears else ""
+    return (
+        f"[adapter] targets: {json.dumps(target)} matches no linear layer{_did_you_mean(target, list(kinds))}. "
+        f"The linear layers there are: {there_are}{example}. A list holds name suffixes; a string is one regular "
+        'expression over whole names, or "all-linear"'
+    )
+
+
+def _did_you_mean(word: str, options: list[str]) -> str:
+    close = difflib.get_close_matches(word, options, n=1)
+    return f' (did you mean "{close[0]}"?)' if close else ""

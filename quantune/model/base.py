@@ -1,0 +1,114 @@
+"""The base model before its weights: where it is, its configuration, its tokenizer, and its skeleton."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from quantune.errors import ModelError
+from quantune.model import mini
+from quantune.recipe.schema import ModelConfig
+
+BUILT_IN = {"builtin:mini": mini.PATH}
+
+
+@attrs.frozen(kw_only=True)
+class Base:
+    """A base model whose weights are not loaded yet."""
+
+    name: str
+    """As the recipe names it."""
+    source: str
+    """The folder or hub id that transformers loads."""
+    revision: str | None
+    trust_remote_code: bool
+    attn_implementation: str | None
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def folder(self) -> Path | None:
+        """The local folder, None for a hub id."""
+        path = Path(self.source)
+        return path if path.is_dir() else None
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills up batches; what it is does not matter, no target and no attention reaches it."""
+        for token_id in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if isinstance(token_id, int):
+                return token_id
+        return 0
+
+    def loading_arguments(self) -> dict[str, Any]:
+        """The arguments that every `from_pretrained` of this base takes."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+def open_base(config: ModelConfig, *, allow_remote_code: bool = False) -> Base:
+    """Read the configuration and the tokenizer of a base model.
+
+    Raises:
+        ModelError: there is no such model, it can't be read, it is already quantized, or it needs code to be trusted.
+    """
+    if config.trust_remote_code and not allow_remote_code:
+        raise ModelError(
+            "[model] trust_remote_code = true runs Python code that comes with the base; "
+            "confirm it on the command line with --trust-remote-code"
+        )
+    source = str(BUILT_IN.get(config.base, config.base))
+    arguments: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        hf_config = AutoConfig.from_pretrained(source, **arguments)
+        tokenizer_arguments = arguments if config.tokenizer is None else {"trust_remote_code": config.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or source, **tokenizer_arguments)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"[model] base = {json.dumps(config.base)} can't be opened: {_first_sentence(error)}") from error
+    _refuse_quantized(config.base, hf_config)
+    if config.chat_template is not None:
+        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+    return Base(
+        name=config.base,
+        source=source,
+        revision=config.revision,
+        trust_remote_code=config.trust_remote_code,
+        attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
+        config=hf_config,
+        tokenizer=tokenizer,
+    )
+
+
+def skeleton(base: Base) -> nn.Module:
+    """The model on the meta device: modules, names and shapes without weights.
+
+    Raises:
+        ModelError: transformers has no causal language model for this configuration.
+    """
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(base.config, trust_remote_code=base.trust_remote_code)
+    except (ValueError, ImportError) as error:
+        raise ModelError(f"{base.name} is not a causal language model that transformers knows: {error}") from error
+
+
+def _refuse_quantized(name: str, config: PretrainedConfig) -> None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+    raise ModelError(
+        f"[model] base = {json.dumps(name)} is already quantized ({method or 'its config.json names no method'}); "
+        "expected a checkpoint in full precision, which quantune packs itself while loading. "
+        "Choose the unquantized base"
+    )
+
+
+def _first_sentence(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,162 @@
+"""Loading a base model, packed or as it is, and saying what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+
+import attrs
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from quantune.backends import registry
+from quantune.errors import ModelError, QuantizationError
+from quantune.model.base import Base
+from quantune.model.device import lean_heap
+from quantune.model.names import matches_any
+from quantune.model.quantizer import QuantizationPlan, QuantuneConfig
+from quantune.quantized.linear import QuantLinear
+from quantune.recipe.schema import QuantizationConfig
+
+
+@attrs.frozen(kw_only=True)
+class ModuleRow:
+    """What one kind of module holds."""
+
+    kind: str
+    """The module's class."""
+    dtype: str
+    """What its weights are stored as, e.g. `nf4 (4.13 bits)` or `float32`."""
+    count: int
+    weights: int
+    """Number of weights."""
+    nbytes: int
+
+
+def load_model(
+    base: Base,
+    quantization: QuantizationConfig | None,
+    *,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+) -> PreTrainedModel:
+    """Load the base onto `device`, frozen, packing its linear layers one by one when `quantization` is given.
+
+    Raises:
+        ModelError: the weights can't be read, or are incomplete.
+        QuantizationError: a weight can't be packed, or one that should be packed is not.
+    """
+    plan = None if quantization is None else plan_quantization(quantization, compute_dtype)
+    try:
+        with lean_heap():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                base.source,
+                config=base.config,
+                dtype=compute_dtype,
+                device_map=None if device.type == "cpu" else {"": device},
+                use_safetensors=True,
+                attn_implementation=base.attn_implementation,
+                quantization_config=None if plan is None else QuantuneConfig(plan),
+                output_loading_info=True,
+                **base.loading_arguments(),
+            )
+    except OSError as error:
+        raise ModelError(f"[model] base = {json.dumps(base.name)} can't be loaded: {error}") from error
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:5])
+        raise ModelError(f"{base.name} lacks weights of its own architecture: {missing}. Fetch the checkpoint again")
+    model.requires_grad_(False)
+    model.eval()
+    if quantization is not None:
+        _require_packed(model, quantization.skip)
+    return model
+
+
+def plan_quantization(quantization: QuantizationConfig, compute_dtype: torch.dtype) -> QuantizationPlan:
+    """Import the backend and say what to pack with it.
+
+    Raises:
+        BackendError: the backend can't run here.
+    """
+    description = registry.describe_available(quantization.backend)
+    return QuantizationPlan(
+        backend=description.load(), options=quantization.options, skip=quantization.skip, compute_dtype=compute_dtype
+    )
+
+
+def module_table(model: nn.Module) -> list[ModuleRow]:
+    """What the model holds, per class of module and stored dtype; shared weights are counted once."""
+    rows: dict[tuple[str, str], list[int]] = {}
+    seen: set[int] = set()
+    for module in model.modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            weights, dtype = parameter.numel(), str(parameter.dtype).removeprefix("torch.")
+            if isinstance(module, QuantLinear) and leaf == "weight":
+                layout = module.weight_format.layout
+                weights = module.in_features * module.out_features
+                name = getattr(layout.options, "weight_dtype", layout.backend)
+                dtype = f"{name} ({layout.bits_per_weight:.2f} bits)"
+            row = rows.setdefault((type(module).__name__, dtype), [0, 0, 0])
+            row[0] += leaf == "weight" or weights > 0
+            row[1] += weights
+            row[2] += parameter.nbytes
+    return [
+        ModuleRow(kind=kind, dtype=dtype, count=count, weights=weights, nbytes=nbytes)
+        for (kind, dtype), (count, weights, nbytes) in sorted(rows.items(), key=lambda item: -item[1][2])
+    ]
+
+
+def packed_fingerprint(model: nn.Module) -> str:
+    """sha256 over the bytes of every packed weight, in the order of the modules."""
+    digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            digest.update(name.encode())
+            digest.update(memoryview(module.weight.detach().cpu().numpy()))
+    return digest.hexdigest()
+
+
+def linear_layers(model: nn.Module) -> list[str]:
+    """Names of the linear layers, the output head left out."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+def _require_packed(model: PreTrainedModel, skip: tuple[str, ...]) -> None:
+    """Fail if a weight matrix that the recipe meant to pack is still in full precision."""
+    left = sorted(name for name in _full_precision(model) if not matches_any(name, skip))
+    packed = sum(isinstance(module, QuantLinear) for module in model.modules())
+    if packed and not left:
+        return
+    if not packed:
+        raise QuantizationError(
+            f"nothing was packed: [quantization] covers no linear layer of {type(model).__name__} "
+            f"(skip = {list(skip)}). Leave [quantization] out to train on the base as it is"
+        )
+    shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
+    raise QuantizationError(
+        f"{len(left)} weights that [quantization] should cover are still in full precision: {shown}. "
+        "quantune packs linear layers (nn.Linear); name these in [quantization] skip to keep them as they are"
+    )
+
+
+def _full_precision(model: PreTrainedModel) -> Iterable[str]:
+    """Modules with weight matrices that quantization is about: linear layers, Conv1D, and fused experts."""
+    keep = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if module is head or any(part in keep for part in name.split(".")):
+            continue
+        dense_linear = isinstance(module, nn.Linear | Conv1D) and not isinstance(module, QuantLinear)
+        fused = any(
+            p.dim() == 3 and p.is_floating_point() and leaf.endswith("proj")
+            for leaf, p in module.named_parameters(recurse=False)
+        )
+        if dense_linear or fused:
+            yield name

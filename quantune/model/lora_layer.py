@@ -1,0 +1,91 @@
+"""PEFT's LoRA layer over a `QuantLinear`, registered through PEFT's custom-module dispatch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import Tensor, nn
+
+from quantune.backends.backend import pack_weight
+from quantune.quantized.linear import PackedLoraLinear, QuantLinear
+
+
+class QuantuneBackend(QuantizationBackend):
+    """Gives PEFT the dense weight of a `QuantLinear`, and packs a changed one again."""
+
+    layer_type = "linear"
+    supports_merge = True
+    backend_name = "quantune"
+
+    def get_base_weight(self, base_layer: nn.Module) -> Tensor:
+        assert isinstance(base_layer, QuantLinear)
+        return base_layer.dequantize()
+
+    def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
+        base = peft_layer.get_base_layer()
+        weight_format = base.weight_format
+        packed = pack_weight(weight_format.backend, weight_data, weight_format.layout.options)
+        base.weight.data = packed.data
+
+
+class QuantLoraLinear(LoraLinear):
+    """LoRA over packed weights.
+
+    A single plain LoRA adapter takes the fused path; whatever else PEFT offers (several adapters, DoRA, mixed batches,
+    dropout in training) runs through PEFT's own forward over `QuantLinear`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.quantization_backend = QuantuneBackend()
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter = self._fusable_adapter(args, kwargs)
+        if adapter is None:
+            return super().forward(x, *args, **kwargs)
+        base = self.get_base_layer()
+        return PackedLoraLinear.apply(
+            x,
+            base.weight,
+            base.bias,
+            self.lora_A[adapter].weight,
+            self.lora_B[adapter].weight,
+            self.scaling[adapter],
+            base.weight_format,
+        )
+
+    def _fusable_adapter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        if args or kwargs or self.disable_adapters or self.merged:
+            return None
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if len(active) != 1 or active[0] in self.lora_variant or self.lora_bias[active[0]]:
+            return None
+        drops = self.training and not isinstance(self.lora_dropout[active[0]], nn.Identity)
+        return None if drops else active[0]
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the packed weight: dequantize, add in the compute dtype, pack again."""
+        for adapter in check_adapters_to_merge(self, adapter_names) or []:
+            if adapter not in self.lora_A:
+                continue
+            weight = self.quantization_backend.get_base_weight(self.get_base_layer())
+            if adapter in self.lora_variant:
+                weight = self.lora_variant[adapter].merge_safe(self, adapter, weight)
+            else:
+                weight = weight + self.get_delta_weight(adapter).to(weight.dtype)
+            self.quantization_backend.set_base_weight(self, weight)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Refused: packing rounds, so the weight from before a merge can't be computed back.
+
+        Raises:
+            RuntimeError: always, when something is merged.
+        """
+        if self.merged:
+            raise RuntimeError("a merge into packed weights can't be undone, packing rounds; load the base again")

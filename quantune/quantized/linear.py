@@ -1,0 +1,165 @@
+"""A linear layer over packed weights, with and without a low-rank update on top.
+
+Shape suffixes: T tokens (all leading dimensions flattened), I in features, O out features, R rank.
+
+Forward dequantizes the weight, multiplies, and lets it go; backward dequantizes it again for the gradient of the input.
+Between the two only the packed bytes live. The bytes reach autograd as a tensor argument, so that a sharded parameter
+may be gathered before forward and backward and freed in between.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quantune.backends.backend import Backend
+from quantune.backends.layout import PackedLayout, PackedWeight
+
+
+class Workspace:
+    """One buffer per device and dtype that dequantized weights are written into, grown to the largest.
+
+    On a CPU a fresh buffer for every dequantized weight costs several times the dequantizing itself (page faults).
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def get(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A contiguous tensor of `shape` whose contents are undefined; it is the caller's until the next call."""
+        count = torch.Size(shape).numel()
+        buffer = self._buffers.get((device, dtype))
+        if buffer is None or buffer.numel() < count:
+            buffer = self._buffers[device, dtype] = torch.empty(count, dtype=dtype, device=device)
+        return buffer[:count].view(shape)
+
+
+@attrs.frozen(eq=False)
+class WeightFormat:
+    """How to turn the bytes of one weight into the weight."""
+
+    backend: Backend
+    layout: PackedLayout
+    workspace: Workspace
+
+    def dequantize(self, data: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in a tensor of its own, shape (O, I)."""
+        return self.backend.dequantize(PackedWeight(self.layout, data), dtype)
+
+    def borrow(self, data: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight, shape (O, I), valid until the next weight is borrowed."""
+        out = self.workspace.get(self.layout.shape, dtype, data.device)
+        return self.backend.dequantize(PackedWeight(self.layout, data), dtype, out)
+
+
+class PackedLinear(torch.autograd.Function):
+    """x @ W.T + bias for a frozen packed W; gradients flow to x and bias."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, data: Tensor, bias: Tensor | None, weight: WeightFormat) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(data)
+        return functional.linear(x, weight.borrow(data, x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        (data,) = ctx.saved_tensors
+        grad_x = grad @ ctx.weight.borrow(data, grad.dtype) if ctx.needs_input_grad[0] else None
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias, None
+
+
+class PackedLoraLinear(torch.autograd.Function):
+    """x @ W.T + bias + scaling * (x @ A.T) @ B.T for a frozen packed W.
+
+    One function for both paths saves x once and the rank-R product instead of the full-size update.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        data: Tensor,
+        bias: Tensor | None,
+        lora_A_RI: Tensor,
+        lora_B_OR: Tensor,
+        scaling: float,
+        weight: WeightFormat,
+    ) -> Tensor:
+        x_TI = x.reshape(-1, x.shape[-1])
+        y_TO = functional.linear(x_TI, weight.borrow(data, x.dtype), bias)
+        h_TR = x_TI @ lora_A_RI.to(x.dtype).T
+        y_TO.addmm_(h_TR, lora_B_OR.to(x.dtype).T, alpha=scaling)
+        ctx.weight, ctx.scaling, ctx.x_shape = weight, scaling, x.shape
+        ctx.save_for_backward(x_TI, h_TR, data, lora_A_RI, lora_B_OR)
+        return y_TO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, h_TR, data, lora_A_RI, lora_B_OR = ctx.saved_tensors
+        grad_TO = grads[0].reshape(-1, grads[0].shape[-1])
+        grad_h_TR = (grad_TO @ lora_B_OR.to(grad_TO.dtype)).mul_(ctx.scaling)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x_TI = grad_TO @ ctx.weight.borrow(data, grad_TO.dtype)
+            grad_x = grad_x_TI.addmm_(grad_h_TR, lora_A_RI.to(grad_TO.dtype)).view(ctx.x_shape)
+        grad_bias = grad_TO.sum(0) if ctx.needs_input_grad[2] else None
+        grad_A = (grad_h_TR.T @ x_TI).to(lora_A_RI.dtype)
+        grad_B = (grad_TO.T @ h_TR).mul_(ctx.scaling).to(lora_B_OR.dtype)
+        return grad_x, None, grad_bias, grad_A, grad_B, None, None
+
+
+class QuantLinear(nn.Linear):
+    """An `nn.Linear` whose registered `weight` is the flat packed bytes, shape (nbytes,), dtype uint8.
+
+    It is an `nn.Linear` so that whatever looks for linear layers finds it; its weight is plain bytes so that whatever
+    shards, saves or loads parameters handles it, and whatever would compute with it as if it were dense fails loudly.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        weight_format: WeightFormat,
+        compute_dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: it would allocate and initialize a dense weight
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_format = weight_format
+        self.compute_dtype = compute_dtype
+        data = torch.empty(weight_format.layout.nbytes, dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(data, requires_grad=False)
+        if bias:
+            self.bias = nn.Parameter(
+                torch.empty(out_features, dtype=compute_dtype, device=device), requires_grad=False
+            )
+        else:
+            self.register_parameter("bias", None)
+
+    @property
+    def W_q(self) -> Tensor:
+        """The packed bytes, under the name by which PEFT recognizes layers that offer `dequantize()`."""
+        return self.weight
+
+    @torch.no_grad()
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as a dense tensor of its own, shape (out features, in features)."""
+        return self.weight_format.dequantize(self.weight.data, dtype or self.compute_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return PackedLinear.apply(x, self.weight, self.bias, self.weight_format)
+
+    def extra_repr(self) -> str:
+        layout = self.weight_format.layout
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"backend={layout.backend}, bits_per_weight={layout.bits_per_weight:.2f}"
+        )

@@ -1,0 +1,250 @@
+"""The recipe language: one attrs class a table, one field a key.
+
+The string under each field is its documentation: `docs/recipe.md` is generated from it. Checks that concern one value
+are validators here; checks that concern several values stand in `quantune.recipe.conflicts`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import attrs
+
+from quantune.recipe.checks import at_least, between, patterns, not_empty, positive
+
+
+@attrs.frozen(kw_only=True)
+class ModelConfig:
+    """The base model."""
+
+    base: str = attrs.field(validator=not_empty)
+    """A folder in the transformers format (safetensors), a hub id, or `builtin:mini`. A folder is relative to the recipe."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    tokenizer: str | None = None
+    """A folder or hub id to take the tokenizer from; the base's own by default."""
+    chat_template: str | None = None
+    """A Jinja file that replaces the tokenizer's own chat template."""
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Which attention transformers uses; `auto` leaves the choice to it."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the base. Needs the flag `--trust-remote-code` as well."""
+
+
+@attrs.frozen(kw_only=True)
+class QuantizationConfig:
+    """How the frozen base is stored. The table takes the chosen backend's own options as well."""
+
+    backend: str = attrs.field(validator=not_empty)
+    """A backend that `quantune backends list` shows."""
+    skip: tuple[str, ...] = attrs.field(default=(), validator=patterns)
+    """Modules kept in full precision besides embeddings and the output head: dotted names or parts of them, `*` matches
+    within a part (`layers.0`, `mlp.down_proj`, `*_proj`)."""
+    options: Any = None
+    """The backend's options, structured by its own attrs class; their keys stand in the same table."""
+
+
+@attrs.frozen(kw_only=True)
+class AdapterConfig:
+    """What is trained."""
+
+    type: Literal["lora"] = "lora"
+    """The kind of adapter."""
+    r: int = attrs.field(default=16, validator=positive)
+    """Rank of the update."""
+    alpha: float = attrs.field(default=32.0, validator=positive)
+    """The update is scaled by alpha / r, with `use_rslora` by alpha / sqrt(r)."""
+    dropout: float = attrs.field(default=0.0, validator=between(0.0, 1.0, right_open=True))
+    """Probability of dropping an input of the adapter in training."""
+    targets: str | tuple[str, ...] = attrs.field(default="all-linear", validator=patterns)
+    """`all-linear` (every linear layer but the output head), a list of name suffixes (`["q_proj", "v_proj"]`), or one
+    regular expression that must match a whole module name."""
+    use_rslora: bool = False
+    """Rank-stabilized scaling, alpha / sqrt(r)."""
+    use_dora: bool = False
+    """Weight-decomposed adaptation: magnitude and direction of each weight are trained apart."""
+    modules_to_save: tuple[str, ...] = attrs.field(default=(), validator=patterns)
+    """Modules trained in full and saved with the adapter, e.g. `["lm_head", "embed_tokens"]`."""
+
+
+@attrs.frozen(kw_only=True)
+class SourceConfig:
+    """One source of samples: a file, or a dataset of the hub."""
+
+    path: str | None = None
+    """A `.jsonl`, `.json`, `.csv` or `.parquet` file, relative to the recipe."""
+    dataset: str | None = None
+    """A hub dataset's id, in place of `path` (needs the extra `datasets`)."""
+    name: str | None = None
+    """The hub dataset's configuration."""
+    split: str = "train"
+    """The hub dataset's split; slices such as `train[:20%]` work."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub dataset."""
+    format: Literal["chat", "instruct", "completion"]
+    """`chat`: a list of role/content messages, rendered with the chat template. `instruct`: a prompt and a response.
+    `completion`: plain text."""
+    messages_column: str = "messages"
+    """`chat`: the column that holds the messages."""
+    prompt_column: str = "prompt"
+    """`instruct`: the column that holds the prompt."""
+    response_column: str = "response"
+    """`instruct`: the column that holds the response."""
+    text_column: str = "text"
+    """`completion`: the column that holds the text."""
+    template: str | None = None
+    """`instruct`: the prompt as text with columns in braces, e.g. `"Q: {prompt}\\nA: "`. Without it the prompt and the
+    response become a user and an assistant message of the chat template."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Which tokens are targets: what the assistant says up to and including the end token, or everything. `completion`
+    trains on everything."""
+    limit: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive))
+    """Take only the first so many rows."""
+
+
+@attrs.frozen(kw_only=True)
+class DataConfig:
+    """What is trained and evaluated on."""
+
+    train: tuple[SourceConfig, ...] = attrs.field(validator=not_empty)
+    """The training sources, `[[data.train]]`."""
+    eval: tuple[SourceConfig, ...] = ()
+    """The evaluation sources, `[[data.eval]]`."""
+    max_length: int = attrs.field(default=1024, validator=at_least(2))
+    """Most tokens in a sample."""
+    overlong: Literal["drop", "truncate", "error"] = "drop"
+    """What happens to a sample over `max_length`: it is dropped and counted, its end is cut and counted, or the run stops."""
+    shuffle: bool = True
+    """Visit the samples in an order drawn from (seed, epoch); otherwise in the order of the files."""
+
+
+@attrs.frozen(kw_only=True)
+class TrainingConfig:
+    """The optimization."""
+
+    max_steps: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive))
+    """Optimizer steps. Give this or `epochs`."""
+    epochs: float | None = attrs.field(default=None, validator=attrs.validators.optional(positive))
+    """Passes over the training data, 1 when neither is given."""
+    batch_size: int = attrs.field(default=8, validator=positive)
+    """Samples per optimizer step, over all micro-batches and processes."""
+    micro_batch_size: int | Literal["auto"] = attrs.field(
+        default="auto", validator=attrs.validators.or_(attrs.validators.in_(("auto",)), positive)
+    )
+    """Samples per forward pass; must divide `batch_size`. `auto`: the largest divisor that keeps a micro-batch within
+    16,384 tokens."""
+    learning_rate: float = attrs.field(default=2e-4, validator=positive)
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up, towards `min_lr_ratio` of its peak."""
+    min_lr_ratio: float = attrs.field(default=0.0, validator=between(0.0, 1.0))
+    """Where the schedule ends, as a fraction of the peak."""
+    warmup_steps: int | None = attrs.field(default=None, validator=attrs.validators.optional(at_least(0)))
+    """Steps over which the learning rate rises to its peak. Give this or `warmup_ratio`."""
+    warmup_ratio: float | None = attrs.field(
+        default=None, validator=attrs.validators.optional(between(0.0, 1.0, right_open=True))
+    )
+    """The warm-up as a fraction of all steps, 0.03 when neither is given."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW, or AdamW whose moments are stored in 8 bit (bitsandbytes)."""
+    beta1: float = attrs.field(default=0.9, validator=between(0.0, 1.0, right_open=True))
+    """Decay of AdamW's first moment."""
+    beta2: float = attrs.field(default=0.999, validator=between(0.0, 1.0, right_open=True))
+    """Decay of AdamW's second moment."""
+    eps: float = attrs.field(default=1e-8, validator=positive)
+    """AdamW's epsilon."""
+    weight_decay: float = attrs.field(default=0.0, validator=at_least(0.0))
+    """Decoupled weight decay."""
+    max_grad_norm: float = attrs.field(default=1.0, validator=positive)
+    """Gradients whose norm is larger are scaled down to it; `inf` clips nothing."""
+    activation_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass: less memory, about a third more time."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute dtype of the base. `auto`: bf16 where the device has fast bf16 arithmetic, otherwise fp32. Adapters and
+    optimizer state are always fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; `auto` takes a GPU when there is one."""
+    seed: int = attrs.field(default=42, validator=at_least(0))
+    """Seeds the adapter's initialization, the order of the data, and dropout."""
+
+
+@attrs.frozen(kw_only=True)
+class EvaluationConfig:
+    """How `[[data.eval]]` is used."""
+
+    every_steps: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive))
+    """Evaluate every so many steps."""
+    at_start: bool = False
+    """Evaluate before the first step."""
+    at_end: bool = True
+    """Evaluate after the last step."""
+    batch_size: int = attrs.field(default=16, validator=positive)
+    """Samples per forward pass of an evaluation."""
+    exact_match: bool = False
+    """Also generate an answer to every prompt (greedily) and report the share that equals the reference."""
+    max_new_tokens: int = attrs.field(default=128, validator=positive)
+    """Most tokens generated for one answer."""
+    max_samples: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive))
+    """Use only the first so many evaluation samples."""
+
+
+@attrs.frozen(kw_only=True)
+class CheckpointConfig:
+    """What a run can be resumed from."""
+
+    every_steps: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive))
+    """Write a checkpoint every so many steps; one is always written at the end."""
+    keep: int = attrs.field(default=2, validator=at_least(2))
+    """How many checkpoints to keep. At least 2, so that a damaged one has a predecessor."""
+
+
+@attrs.frozen(kw_only=True)
+class LoggingConfig:
+    """What is reported while training."""
+
+    every_steps: int = attrs.field(default=10, validator=positive)
+    """Report every so many steps; `metrics.jsonl` gets every step."""
+
+
+@attrs.frozen(kw_only=True)
+class DistributedConfig:
+    """The processes of a run."""
+
+    threads: int | Literal["auto"] = attrs.field(
+        default="auto", validator=attrs.validators.or_(attrs.validators.in_(("auto",)), positive)
+    )
+    """CPU threads of each process; `auto` leaves torch's own choice (or OMP_NUM_THREADS)."""
+
+
+@attrs.frozen(kw_only=True)
+class OutputConfig:
+    """Where results go."""
+
+    dir: str | Literal["auto"] = attrs.field(default="auto", validator=not_empty)
+    """The run folder, relative to the current directory; `auto` is `runs/<name of the recipe>`."""
+
+
+@attrs.frozen(kw_only=True)
+class Recipe:
+    """A whole run."""
+
+    model: ModelConfig
+    """`[model]`: the base model."""
+    quantization: QuantizationConfig | None = None
+    """`[quantization]`: how the frozen base is stored; left out, the base stays as it is."""
+    adapter: AdapterConfig = attrs.field(factory=AdapterConfig)
+    """`[adapter]`: what is trained."""
+    data: DataConfig
+    """`[data]`: what is trained and evaluated on."""
+    training: TrainingConfig = attrs.field(factory=TrainingConfig)
+    """`[training]`: the optimization."""
+    evaluation: EvaluationConfig = attrs.field(factory=EvaluationConfig)
+    """`[evaluation]`: how the evaluation data is used."""
+    checkpoint: CheckpointConfig = attrs.field(factory=CheckpointConfig)
+    """`[checkpoint]`: what a run can be resumed from."""
+    logging: LoggingConfig = attrs.field(factory=LoggingConfig)
+    """`[logging]`: what is reported while training."""
+    distributed: DistributedConfig = attrs.field(factory=DistributedConfig)
+    """`[distributed]`: the processes of a run."""
+    output: OutputConfig = attrs.field(factory=OutputConfig)
+    """`[output]`: where results go."""
