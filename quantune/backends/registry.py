@@ -37,6 +37,44 @@ def find() -> tuple[FoundBackend, ...]:
     return tuple([*_built_in(), *_third_party(plugins)])
 
 
+@attrs.frozen(kw_only=True)
+class BackendStatus:
+    """A row of `quantune backends list`."""
+
+    name: str
+    package: str
+    version: str
+    weight_dtypes: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    status: str
+    """`available`, `unavailable`, `broken`, or `installed` for a third party's, which is not imported to list it."""
+    reason: str | None = None
+    install: str | None = None
+
+    def as_dict(self) -> dict[str, object]:
+        """The row as JSON can hold it."""
+        return attrs.asdict(self)
+
+
+def status(found: FoundBackend) -> BackendStatus:
+    """What can be said of a backend without importing a third party's code."""
+    known = {"name": found.name, "package": found.package, "version": found.version}
+    if found.problem:
+        return BackendStatus(**known, status="broken", reason=found.problem)
+    if found.name not in BUILT_IN:
+        return BackendStatus(**known, status="installed")
+    description = _load(found)
+    probe = description.probe()
+    return BackendStatus(
+        **known,
+        weight_dtypes=description.weight_dtypes,
+        devices=probe.devices,
+        status="available" if probe.available else "unavailable",
+        reason=probe.reason,
+        install=probe.install,
+    )
+
+
 def describe(name: str) -> BackendDescription:
     """The description of the backend called `name`; imports its torch-free module.
 

@@ -1,0 +1,5 @@
+"""`python -m quantune`."""
+
+from quantune.cli import main
+
+main()

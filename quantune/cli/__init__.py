@@ -1,0 +1,57 @@
+"""The command line: parses, calls, prints."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+import quantune
+import quantune.errors
+from quantune.cli import backends, check, generate, run
+from quantune.cli.console import fail
+
+app = typer.Typer(
+    name="quantune",
+    help="Fine-tune language models with LoRA on a quantized, frozen base, from one recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("run")(run.run)
+app.command("check")(check.check)
+app.command("generate")(generate.generate)
+app.add_typer(backends.app, name="backends")
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"quantune {quantune.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fine-tune language models with LoRA on a quantized, frozen base, from one recipe."""
+
+
+def main() -> None:
+    """Run the command line; deliberate errors become a message and an exit code, never a traceback.
+
+    `--debug`, anywhere on the line, shows the traceback as well.
+    """
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except quantune.errors.QuantuneError as error:
+        sys.exit(fail(error, debug=debug))
+    except KeyboardInterrupt:
+        sys.exit(130)

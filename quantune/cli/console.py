@@ -1,0 +1,87 @@
+"""What the command line prints: errors, tables, and a run as it goes on."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.markup import escape
+
+from quantune.errors import Problem, QuantuneError, RecipeError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+out = Console(highlight=False, soft_wrap=True)
+"""Results."""
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+"""Progress and errors."""
+
+
+def fail(error: QuantuneError, *, debug: bool) -> int:
+    """Print an error and return the exit code it stands for."""
+    if debug:
+        err.print(escape("".join(traceback.format_exception(error))))
+    if isinstance(error, RecipeError):
+        for problem in error.problems:
+            _print_problem(problem)
+        count = len(error.problems)
+        err.print(f"[bold red]{count} problem{'s' if count > 1 else ''}[/] in the recipe")
+    else:
+        err.print(f"[bold red]error:[/] {escape(str(error))}")
+    return error.exit_code
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and advice off the screen; call before they are imported."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    import logging
+    import warnings
+
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|torchao|bitsandbytes)(\..*)?")
+    for name in ("torchao", "torch.utils._pytree", "bitsandbytes", "datasets"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people, e.g. `8.5 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024 or unit == "GiB":
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1024
+    raise AssertionError("unreachable")
+
+
+def table(*columns: str, title: str | None = None) -> Table:
+    """A table in the house style; columns that start with `>` are right-aligned."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        made.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+    return made
+
+
+def _print_problem(problem: Problem) -> None:
+    parts = (problem.origin, problem.line, problem.column)
+    place = ":".join(str(part) for part in parts if part is not None)
+    err.print(
+        f"[bold]{escape(place)}[/] [cyan]{escape('[' + problem.where + ']')}[/] {escape(problem.message)}  "
+        f"[dim]{problem.code}[/]"
+    )
+    if problem.line is not None and problem.source_line is not None:
+        gutter = f"{problem.line:>5} | "
+        err.print(f"[dim]{gutter}[/]{escape(problem.source_line)}")
+        if problem.column is not None:
+            err.print(" " * (len(gutter) + problem.column - 1) + "[bold red]^[/]")
+    if problem.hint:
+        err.print(f"      [green]{escape(problem.hint)}[/]")

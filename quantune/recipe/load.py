@@ -1,0 +1,189 @@
+"""From the text of a recipe to a `Recipe`, or to every problem it has at once."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import tomli
+
+from quantune.errors import BackendError, Problem, RecipeError
+from quantune.recipe import conflicts, positions
+from quantune.recipe.schema import QuantizationConfig, Recipe
+from quantune.recipe.structure import Finding, structure
+
+OptionsOf = Callable[[str], type]
+
+
+@attrs.frozen(kw_only=True)
+class LoadedRecipe:
+    """A recipe with the text it came from, so that whatever is found later can point into it."""
+
+    recipe: Recipe
+    path: Path
+    """As given."""
+    text: str
+
+    def error(self, findings: Iterable[Finding]) -> RecipeError:
+        """The findings as one error with positions."""
+        return _error(findings, self.text, self.path, {})
+
+
+def load_recipe(path: Path, *, options_of: OptionsOf, overrides: Sequence[str] = ()) -> LoadedRecipe:
+    """Read and check a recipe.
+
+    Args:
+        path: the TOML file.
+        options_of: the attrs class of a backend's options; raises BackendError for a backend that can't be used.
+        overrides: `section.key=value`, the values in TOML; what isn't TOML is a string.
+
+    Raises:
+        RecipeError: with every problem there is, sorted by position.
+    """
+    text = _read(path)
+    try:
+        document = tomli.loads(text)
+    except tomli.TOMLDecodeError as error:
+        raise RecipeError([_toml_problem(error, text, path)]) from error
+    findings: list[Finding] = []
+    origins: dict[positions.Path, str] = {}
+    for override in overrides:
+        findings += _override(document, override, origins)
+    recipe, found = structure_recipe(document, options_of)
+    findings += found
+    if recipe is not None and not findings:
+        findings += conflicts.check(recipe)
+    if findings or recipe is None:
+        raise _error(findings, text, path, origins)
+    return LoadedRecipe(recipe=recipe, path=path, text=text)
+
+
+def structure_recipe(document: dict[str, Any], options_of: OptionsOf) -> tuple[Recipe | None, list[Finding]]:
+    """Structure a parsed document, the keys of `[quantization]` shared out between quantune and the backend."""
+    document = dict(document)
+    table = document.get("quantization")
+    if not isinstance(table, dict):
+        return structure(Recipe, document)
+    own = [field.name for field in attrs.fields(QuantizationConfig) if field.name != "options"]
+    document["quantization"] = {key: value for key, value in table.items() if key in own}
+    recipe, findings = structure(Recipe, document)
+    options, found = _structure_options(table, own, options_of)
+    findings += found
+    if recipe is None or findings:
+        return None, findings
+    assert recipe.quantization is not None
+    return attrs.evolve(recipe, quantization=attrs.evolve(recipe.quantization, options=options)), findings
+
+
+def _structure_options(table: dict[str, Any], own: list[str], options_of: OptionsOf) -> tuple[Any, list[Finding]]:
+    backend = table.get("backend")
+    if not isinstance(backend, str) or not backend.strip():
+        return None, []  # already a finding
+    try:
+        cls = options_of(backend)
+    except BackendError as error:
+        return None, [Finding(code="QT015", path=("quantization", "backend"), message=str(error))]
+    given = {key: value for key, value in table.items() if key not in own}
+    options, findings = structure(cls, given, prefix=("quantization",), noun=f'key for backend "{backend}"', more=own)
+    if options is None or findings:
+        return None, findings
+    if hasattr(options, "problems"):
+        findings = [
+            Finding(code="QT016", path=("quantization", key), message=message) for key, message in options.problems()
+        ]
+    if hasattr(options, "resolved") and not findings:
+        options = options.resolved()
+    return options, findings
+
+
+def _read(path: Path) -> str:
+    def problem(message: str, hint: str | None = None) -> RecipeError:
+        return RecipeError([Problem(code="QT001", where="recipe", message=message, hint=hint, origin=str(path))])
+
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except FileNotFoundError:
+        close = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+        raise problem("there is no such file", f'did you mean "{path.parent / close[0]}"?' if close else None) from None
+    except IsADirectoryError:
+        raise problem("expected a TOML file, found a folder") from None
+    except UnicodeDecodeError as error:
+        raise problem(f"expected UTF-8 text, found other bytes at position {error.start}") from None
+    except OSError as error:
+        raise problem(f"can't be read: {error.strerror}") from None
+
+
+def _toml_problem(error: tomli.TOMLDecodeError, text: str, path: Path) -> Problem:
+    line, column = error.lineno, error.colno
+    lines = text.splitlines()
+    return Problem(
+        code="QT002",
+        where="recipe",
+        message=f"not valid TOML: {error.msg[0].lower()}{error.msg[1:]}",
+        origin=str(path),
+        line=line,
+        column=column,
+        source_line=lines[line - 1] if line <= len(lines) else None,
+    )
+
+
+def _override(document: dict[str, Any], override: str, origins: dict[positions.Path, str]) -> list[Finding]:
+    """Apply `a.b[0].c=value` to the document in place."""
+    origin = f"--set {override}"
+    name, equals, value = override.partition("=")
+    parts = [part for part in re.split(r"[.\[\]]+", name.strip()) if part]
+    if not equals or len(parts) < 2:
+        message = f'expected section.key=value, found "{override}"'
+        return [Finding(code="QT003", path=("--set",), message=message, origin=origin)]
+    path = tuple(int(part) if part.isdigit() else part for part in parts)
+    node: Any = document
+    for part, following in zip(path, path[1:], strict=False):
+        if isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+        elif isinstance(node, dict) and isinstance(part, str) and (part in node or isinstance(following, str)):
+            node = node.setdefault(part, {})
+        else:
+            node = None
+    if isinstance(node, list) and isinstance(path[-1], int) and path[-1] < len(node):
+        node[path[-1]] = _toml_value(value)
+    elif isinstance(node, dict) and isinstance(path[-1], str):
+        node[path[-1]] = _toml_value(value)
+    else:
+        message = f'"{name.strip()}" is no place in this recipe'
+        return [Finding(code="QT003", path=path, message=message, origin=origin)]
+    origins[path] = origin
+    return []
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomli.loads(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
+        return text.strip()
+
+
+def _error(
+    findings: Iterable[Finding], text: str, path: Path, origins: dict[positions.Path, str]
+) -> RecipeError:
+    problems = [_locate(finding, text, path, origins) for finding in findings]
+    return RecipeError(sorted(problems, key=lambda problem: (problem.line or 0, problem.column or 0, problem.where)))
+
+
+def _locate(finding: Finding, text: str, path: Path, origins: dict[positions.Path, str]) -> Problem:
+    known = {"code": finding.code, "where": finding.where, "message": finding.message, "hint": finding.hint}
+    origin = finding.origin or origins.get(finding.path)
+    if origin is not None:
+        return Problem(**known, origin=origin)
+    position = None
+    for length in range(len(finding.path), 0, -1):  # a missing key points to its table
+        position = positions.locate(text, finding.path[:length])
+        if position is not None:
+            break
+    if position is None:
+        return Problem(**known, origin=str(path))
+    line, column = position
+    return Problem(**known, origin=str(path), line=line, column=column, source_line=text.splitlines()[line - 1])

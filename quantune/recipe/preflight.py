@@ -1,0 +1,75 @@
+"""The files a recipe names, looked at before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from quantune.recipe.load import LoadedRecipe
+from quantune.recipe.schema import Recipe
+from quantune.recipe.structure import Finding
+
+BUILT_IN_MODELS = ("builtin:mini",)
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def check_files(loaded: LoadedRecipe, recipe: Recipe) -> None:
+    """Check the files of `recipe`, which is `loaded.recipe` with absolute paths.
+
+    Raises:
+        RecipeError: files are missing, empty or not what they should be.
+    """
+    findings = [*_base(recipe), *_chat_template(recipe), *_data(recipe)]
+    if findings:
+        raise loaded.error(findings)
+
+
+def is_local(base: str) -> bool:
+    """Whether a base names a folder rather than a built-in model or a hub id."""
+    return base.startswith(("/", "./", "../", "~")) or base in (".", "..")
+
+
+def _base(recipe: Recipe) -> Iterable[Finding]:
+    base = recipe.model.base
+
+    def finding(message: str, hint: str | None = None) -> Finding:
+        return Finding(code="QT030", path=("model", "base"), message=message, hint=hint)
+
+    if base.startswith("builtin:"):
+        if base not in BUILT_IN_MODELS:
+            yield finding(f'there is no built-in model "{base}"', f"there is {', '.join(BUILT_IN_MODELS)}")
+        return
+    folder = Path(base)
+    if not folder.is_dir():
+        if is_local(base):
+            yield finding(f"there is no folder {base}", "a hub id has no leading slash or dot")
+        return
+    if not (folder / "config.json").is_file():
+        yield finding(f"expected a model in the transformers format, found no config.json in {base}")
+    elif not any(folder.glob("*.safetensors")):
+        pickled = any(next(folder.glob(pattern), None) for pattern in PICKLES)
+        found = "only pickled weights" if pickled else "no weights"
+        hint = "load it once in transformers and write it with save_pretrained(folder)" if pickled else None
+        yield finding(f"expected weights in *.safetensors in {base}, found {found}", hint)
+
+
+def _chat_template(recipe: Recipe) -> Iterable[Finding]:
+    template = recipe.model.chat_template
+    if template is not None and not Path(template).is_file():
+        yield Finding(code="QT030", path=("model", "chat_template"), message=f"there is no file {template}")
+
+
+def _data(recipe: Recipe) -> Iterable[Finding]:
+    for part in ("train", "eval"):
+        for index, source in enumerate(getattr(recipe.data, part)):
+            if source.path is None:
+                continue
+            path, problem = Path(source.path), None
+            if path.is_dir():
+                problem = f"expected a data file, found a folder: {path}"
+            elif not path.is_file():
+                problem = f"there is no file {path}"
+            elif path.stat().st_size == 0:
+                problem = f"the file is empty: {path}"
+            if problem:
+                yield Finding(code="QT030", path=("data", part, index, "path"), message=problem)

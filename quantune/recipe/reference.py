@@ -1,0 +1,95 @@
+"""The recipe reference, generated from the docstrings under the fields.
+
+    python -m quantune.recipe.reference > docs/recipe.md
+
+writes quantune's own tables; the command line's documentation adds those of the backends.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import textwrap
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import attrs
+
+from quantune.recipe.schema import Recipe, SourceConfig
+from quantune.recipe.structure import _is_union
+
+INTRODUCTION = """\
+# The recipe
+
+A recipe is a TOML file. Every key is below; an unknown one is an error. Paths of what is read are relative to the
+recipe's folder, the run folder is relative to the current directory. `--set section.key=value` overrides a key on the
+command line, the value written as in TOML (`--set training.max_steps=50`, `--set 'adapter.targets=["q_proj"]'`,
+`--set data.train[0].limit=100`).
+
+This page is generated from the docstrings in `quantune/recipe/schema.py`.
+"""
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The string under each field of an attrs class, on one line."""
+    (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(tree, ast.ClassDef)
+    docs = {}
+    for field, text in zip(tree.body, tree.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
+            if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
+                docs[field.target.id] = " ".join(text.value.value.split())
+    return docs
+
+
+def render(backends: Mapping[str, type]) -> str:
+    """The whole page; `backends` maps names to options classes."""
+    parts = [INTRODUCTION]
+    hints = get_type_hints(Recipe)
+    for field in attrs.fields(Recipe):
+        cls = next((member for member in (hints[field.name], *get_args(hints[field.name])) if attrs.has(member)), None)
+        assert cls is not None
+        parts.append(_section(f"[{field.name}]", cls))
+        if field.name == "data":
+            parts.append(_section("[[data.train]] and [[data.eval]]", SourceConfig))
+        if field.name == "quantization":
+            parts += [_section(f'[quantization] with backend = "{name}"', cls) for name, cls in backends.items()]
+    return "\n".join(parts)
+
+
+def _section(title: str, cls: type) -> str:
+    docs, hints = field_docs(cls), get_type_hints(cls)
+    lines = [f"## `{title}`", "", inspect.getdoc(cls) or "", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+    for field in attrs.fields(cls):
+        if field.name == "options" or attrs.has(_member(hints[field.name])):
+            continue
+        meaning = docs[field.name].replace("|", "\\|")
+        lines.append(f"| `{field.name}` | {_type(hints[field.name])} | {_default(field)} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def _member(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
+
+
+def _default(field: Any) -> str:
+    if field.default is attrs.NOTHING:
+        return "required"
+    if field.default is None:
+        return ""
+    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    return f"`{json.dumps(value)}`"
+
+
+def _type(annotation: Any) -> str:
+    names = {int: "integer", float: "number", str: "string", bool: "boolean"}
+    if annotation in names:
+        return names[annotation]
+    if get_origin(annotation) is Literal:
+        return " or ".join(f'`"{value}"`' for value in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"list of {_type(get_args(annotation)[0])}s"
+    if _is_union(annotation):
+        return " or ".join(_type(member) for member in get_args(annotation) if member is not type(None))
+    return str(annotation)

@@ -1,0 +1,86 @@
+"""A recipe with nothing left open, and a recipe as TOML."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from quantune.recipe.schema import Recipe
+
+
+def with_absolute_paths(recipe: Recipe, recipe_path: Path) -> Recipe:
+    """The recipe with its inputs as absolute paths and its run folder named.
+
+    Inputs are relative to the recipe's folder. The run folder is relative to the current directory; `auto` is
+    `runs/<name of the recipe>`.
+    """
+    folder = recipe_path.resolve().parent
+
+    def absolute(path: str) -> str:
+        return str((folder / Path(path).expanduser()).resolve())
+
+    def model_path(name: str | None) -> str | None:
+        if name is None or name.startswith("builtin:"):
+            return name
+        expanded = Path(name).expanduser()
+        local = name.startswith((".", "/", "~")) or (folder / expanded).is_dir()
+        return absolute(name) if local else name
+
+    def sources(part: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(s if s.path is None else attrs.evolve(s, path=absolute(s.path)) for s in part)
+
+    base = model_path(recipe.model.base)
+    assert base is not None
+    template = recipe.model.chat_template
+    directory = f"runs/{recipe_path.stem}" if recipe.output.dir == "auto" else recipe.output.dir
+    return attrs.evolve(
+        recipe,
+        model=attrs.evolve(
+            recipe.model,
+            base=base,
+            tokenizer=model_path(recipe.model.tokenizer),
+            chat_template=None if template is None else absolute(template),
+        ),
+        data=attrs.evolve(recipe.data, train=sources(recipe.data.train), eval=sources(recipe.data.eval)),
+        output=attrs.evolve(recipe.output, dir=directory),
+    )
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested dicts and lists in its canonical form; what is unset is left out."""
+    document = _plain(recipe)
+    quantization = document.get("quantization")
+    if quantization is not None:
+        quantization.update(quantization.pop("options", None) or {})
+    return document
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML that loads to an equal recipe."""
+    import tomlkit
+
+    document = tomlkit.document()
+    for section, table in to_dict(recipe).items():
+        if section == "data":
+            arrays = {key: table.pop(key) for key in ("train", "eval") if key in table}
+            document[section] = made = tomlkit.item(table)
+            for key, rows in arrays.items():
+                array = tomlkit.aot()
+                for row in rows:
+                    array.append(tomlkit.item(row))
+                if rows:
+                    made[key] = array  # type: ignore[index]  # a tomlkit table
+        else:
+            document[section] = table
+    return tomlkit.dumps(document)
+
+
+def _plain(value: Any) -> Any:
+    if attrs.has(type(value)):
+        fields = ((field.name, getattr(value, field.name)) for field in attrs.fields(type(value)))
+        return {name: _plain(item) for name, item in fields if item is not None}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value
