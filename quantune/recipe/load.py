@@ -88,7 +88,7 @@ def _structure_options(table: dict[str, Any], own: list[str], options_of: Option
     except BackendError as error:
         return None, [Finding(code="QT015", path=("quantization", "backend"), message=str(error))]
     given = {key: value for key, value in table.items() if key not in own}
-    options, findings = structure(cls, given, prefix=("quantization",), noun=f'key for backend "{backend}"', more=own)
+    options, findings = structure(cls, given, prefix=("quantization",), of=f' for backend "{backend}"', more=own)
     if options is None or findings:
         return None, findings
     if hasattr(options, "problems"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import attrs
 import cattrs
@@ -15,7 +15,7 @@ from cattrs.errors import (
     ForbiddenExtraKeysError,
     IterableValidationNote,
 )
-from cattrs.gen import make_dict_structure_fn
+from cattrs.gen import make_dict_structure_fn, override
 
 from quantune.recipe.positions import Path
 
@@ -47,24 +47,24 @@ class WrongType(ValueError):
 
 
 def structure(
-    cls: type[T], value: Any, *, prefix: Path = (), noun: str = "key", more: Sequence[str] = ()
+    cls: type[T], value: Any, *, prefix: Path = (), of: str = "", more: Sequence[str] = ()
 ) -> tuple[T | None, list[Finding]]:
     """Structure `value` as `cls`: the instance, or None with what is wrong.
 
-    `noun` names the keys in messages, and `more` lists keys that are understood beside those of `cls`.
+    `of` says in messages whose keys they are, and `more` lists keys that are understood beside those of `cls`.
     """
     try:
         return _CONVERTER.structure(value, cls), []
     except BaseValidationError as error:
-        return None, list(_findings(error, prefix, cls, noun, more))
+        return None, list(_findings(error, prefix, cls, of, more))
     except (ValueError, TypeError) as error:
         return None, [Finding(code="QT013", path=prefix, message=str(error))]
 
 
-def _findings(error: BaseException, path: Path, cls: type | None, noun: str, more: Sequence[str]) -> list[Finding]:
+def _findings(error: BaseException, path: Path, cls: type | None, of: str, more: Sequence[str]) -> list[Finding]:
     """Walk an exception group; notes on the members say which key or index each belongs to."""
     if isinstance(error, ForbiddenExtraKeysError):
-        return [_unknown(key, path, error.cl, noun, more) for key in sorted(error.extra_fields)]
+        return [_unknown(key, path, error.cl, of, more) for key in sorted(error.extra_fields)]
     if isinstance(error, KeyError):
         key = str(error.args[0])
         kind = "section" if not path else "key"
@@ -74,7 +74,7 @@ def _findings(error: BaseException, path: Path, cls: type | None, noun: str, mor
         cls = error.cl if attrs.has(error.cl) else cls
         findings: list[Finding] = []
         for member in error.exceptions:
-            findings += _findings(member, (*path, *_step(member)), cls, noun, more)
+            findings += _findings(member, (*path, *_step(member)), cls, of, more)
         return findings
     code = "QT013" if isinstance(error, WrongType) else "QT014"
     return [Finding(code=code, path=path, message=str(error))]
@@ -92,16 +92,13 @@ def _step(error: BaseException) -> Path:
     return ()
 
 
-def _unknown(key: str, path: Path, cls: type, noun: str, more: Sequence[str]) -> Finding:
+def _unknown(key: str, path: Path, cls: type, of: str, more: Sequence[str]) -> Finding:
     known = [field.name for field in attrs.fields(cls) if field.name != "options"] + list(more)
     close = difflib.get_close_matches(key, known, n=1)
-    if not path:
-        code, noun = "QT011", "section"
-    else:
-        code = "QT012"
+    code, noun = ("QT012", "key") if path else ("QT011", "section")
     listing = ", ".join(sorted(known))
     hint = f'did you mean "{close[0]}"?' if close else f"there are: {listing}"
-    return Finding(code=code, path=(*path, key), message=f'unknown {noun} "{key}"', hint=hint)
+    return Finding(code=code, path=(*path, key), message=f'unknown {noun} "{key}"{of}', hint=hint)
 
 
 def _dotted(path: Path) -> str:
@@ -172,13 +169,26 @@ def _structure_literal(value: Any, annotation: Any) -> Any:
 
 
 def _class_hook(cls: Any) -> Any:
-    resolved = get_type_hints(cls)
-    inner = make_dict_structure_fn(attrs.resolve_types(cls, localns=resolved), _CONVERTER)
+    attrs.resolve_types(cls)
+    checked = {field.name: override(struct_hook=_checked(field)) for field in attrs.fields(cls)}
+    inner = make_dict_structure_fn(cls, _CONVERTER, **checked)
 
     def hook(value: Any, _: Any) -> Any:
         if not isinstance(value, dict):
             raise WrongType(f"expected a table, found {_describe(value)}")
         return inner(value, cls)
+
+    return hook
+
+
+def _checked(field: Any) -> Any:
+    """Structure one field and run its validator at once, so that one wrong field does not hide another."""
+
+    def hook(value: Any, annotation: Any) -> Any:
+        structured = _CONVERTER.structure(value, annotation)
+        if field.validator is not None:
+            field.validator(None, field, structured)
+        return structured
 
     return hook
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-IGNORED = -100
+from quantune.data.collate import IGNORED  # noqa
 CHUNK_BYTES = 32 * 1024 * 1024
 """Bytes of logits held at a time; 32 to 64 MB measured fastest on CPUs."""
 

@@ -1,0 +1,102 @@
+"""From a row to text: messages for the chat template, or a prompt and a response."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import attrs
+
+from quantune.data.sources import Row
+from quantune.errors import DataError
+from quantune.recipe.schema import SourceConfig
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+@attrs.frozen(kw_only=True)
+class Conversation:
+    """Messages to be rendered with a chat template."""
+
+    messages: list[dict[str, str]]
+
+
+@attrs.frozen(kw_only=True)
+class PlainText:
+    """A prompt, which may be empty, and the text that follows it."""
+
+    prompt: str
+    response: str
+
+
+def read_example(row: Row, source: SourceConfig) -> Conversation | PlainText:
+    """What a row says, by the source's format.
+
+    Raises:
+        DataError: a column is missing or does not hold what the format needs.
+    """
+    if source.format == "chat":
+        return Conversation(messages=_messages(_column(row, source.messages_column), row.where))
+    if source.format == "completion":
+        return PlainText(prompt="", response=_text(row, source.text_column))
+    response = _text(row, source.response_column)
+    if source.template is None:
+        prompt = _text(row, source.prompt_column)
+        return Conversation(
+            messages=[{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        )
+    try:
+        return PlainText(prompt=source.template.format_map(_Columns(row)), response=response)
+    except (ValueError, IndexError, AttributeError) as error:
+        raise DataError(f"{row.where}: the template can't be filled in, {error}") from error
+
+
+class _Columns(dict[str, Any]):
+    """Looks columns up in a row, empty text for null."""
+
+    def __init__(self, row: Row) -> None:
+        super().__init__()
+        self.row = row
+
+    def __missing__(self, key: str) -> Any:
+        value = _column(self.row, key)
+        return "" if value is None else value
+
+
+def _column(row: Row, name: str) -> Any:
+    if name not in row.values:
+        there_are = ", ".join(f'"{column}"' for column in row.values) or "none"
+        raise DataError(f'{row.where}: expected a column "{name}", the columns are {there_are}')
+    return row.values[name]
+
+
+def _text(row: Row, name: str) -> str:
+    value = _column(row, name)
+    if not isinstance(value, str):
+        raise DataError(f'{row.where}: expected text in column "{name}", found {type(value).__name__}')
+    return value
+
+
+def _messages(value: Any, where: str) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: expected a list of messages, found {'an empty list' if value == [] else repr(value)}")
+    messages = []
+    for index, message in enumerate(value):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise DataError(f'{where}: expected message {index} to be an object with "role" and "content"')
+        if message["role"] not in ROLES:
+            raise DataError(
+                f"{where}: expected the role of message {index} to be one of {', '.join(ROLES)}, "
+                f"found {message['role']!r}"
+            )
+        messages.append({"role": message["role"], "content": _content(message["content"], where, index)})
+    return messages
+
+
+def _content(content: Any, where: str, index: int) -> str:
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    raise DataError(f"{where}: expected the content of message {index} to be text, found {type(content).__name__}")
