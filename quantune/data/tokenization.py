@@ -118,7 +118,8 @@ def _answer_spans(
     """
     spans = []
     for index in answers:
-        through = render(tokenizer, messages[: index + 1], where)
+        last = index == len(messages) - 1
+        through = text if last else render(tokenizer, messages[: index + 1], where)
         if not text.startswith(through.rstrip()) or not through.startswith(prompts[index]):
             raise DataError(
                 f"{where}: can't tell which tokens the assistant says: the chat template renders a turn differently "
