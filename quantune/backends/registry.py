@@ -129,9 +129,7 @@ def _third_party(entry_points: Iterable[metadata.EntryPoint]) -> list[FoundBacke
         version = first.dist.version if first.dist else "?"
         if name in BUILT_IN:
             name = f"{name} ({packages[0]})"  # a row of its own: a built-in can't be shadowed
-        found.append(
-            FoundBackend(name=name, package=packages[0], version=version, entry_point=first, problem=problem)
-        )
+        found.append(FoundBackend(name=name, package=packages[0], version=version, entry_point=first, problem=problem))
     return found
 
 

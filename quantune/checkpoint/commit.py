@@ -81,9 +81,7 @@ def verify(folder: Path) -> None:
         if not path.is_file():
             raise CheckpointError(f"{folder.name}/{name} is missing")
         if path.stat().st_size != entry["size"]:
-            raise CheckpointError(
-                f"{folder.name}/{name} has {path.stat().st_size} bytes, expected {entry['size']}"
-            )
+            raise CheckpointError(f"{folder.name}/{name} has {path.stat().st_size} bytes, expected {entry['size']}")
         if file_hash(path) != entry["sha256"]:
             raise CheckpointError(f"{folder.name}/{name} is damaged: its sha256 is not the one it was written with")
 

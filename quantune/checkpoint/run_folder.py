@@ -1,11 +1,11 @@
 """The folder of a run: who may use it, and what is in it.
 
-    recipe.toml     the recipe as it was resolved
-    manifest.json   versions, hardware, hashes of base and data
-    metrics.jsonl   one row a step and an evaluation
-    checkpoints/    what the run resumes from
-    adapter/        the result
-    status.json     running, interrupted or finished
+recipe.toml     the recipe as it was resolved
+manifest.json   versions, hardware, hashes of base and data
+metrics.jsonl   one row a step and an evaluation
+checkpoints/    what the run resumes from
+adapter/        the result
+status.json     running, interrupted or finished
 """
 
 from __future__ import annotations

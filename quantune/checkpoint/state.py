@@ -1,9 +1,9 @@
 """What a run needs to go on as if it had not stopped: tensors in safetensors, the rest in JSON, no pickle.
 
-    adapter.safetensors     the trained parameters, by name
-    optimizer.safetensors   the optimizer's tensors, as `<parameter name>/<key>`
-    rng.safetensors         the states of torch's and numpy's random number generators
-    state.json              the optimizer's other values, python's generator, progress, and what must not have changed
+adapter.safetensors     the trained parameters, by name
+optimizer.safetensors   the optimizer's tensors, as `<parameter name>/<key>`
+rng.safetensors         the states of torch's and numpy's random number generators
+state.json              the optimizer's other values, python's generator, progress, and what must not have changed
 """
 
 from __future__ import annotations

@@ -41,9 +41,7 @@ def read_example(row: Row, source: SourceConfig) -> Conversation | PlainText:
     response = _text(row, source.response_column)
     if source.template is None:
         prompt = _text(row, source.prompt_column)
-        return Conversation(
-            messages=[{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
-        )
+        return Conversation(messages=[{"role": "user", "content": prompt}, {"role": "assistant", "content": response}])
     try:
         return PlainText(prompt=source.template.format_map(_Columns(row)), response=response)
     except (ValueError, IndexError, AttributeError) as error:
@@ -78,7 +76,9 @@ def _text(row: Row, name: str) -> str:
 
 def _messages(value: Any, where: str) -> list[dict[str, str]]:
     if not isinstance(value, list) or not value:
-        raise DataError(f"{where}: expected a list of messages, found {'an empty list' if value == [] else repr(value)}")
+        raise DataError(
+            f"{where}: expected a list of messages, found {'an empty list' if value == [] else repr(value)}"
+        )
     messages = []
     for index, message in enumerate(value):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():

@@ -69,7 +69,9 @@ def open_base(config: ModelConfig, *, allow_remote_code: bool = False) -> Base:
         tokenizer_arguments = arguments if config.tokenizer is None else {"trust_remote_code": config.trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or source, **tokenizer_arguments)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise ModelError(f"[model] base = {json.dumps(config.base)} can't be opened: {_first_sentence(error)}") from error
+        raise ModelError(
+            f"[model] base = {json.dumps(config.base)} can't be opened: {_first_sentence(error)}"
+        ) from error
     _refuse_quantized(config.base, hf_config)
     if config.chat_template is not None:
         tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")

@@ -138,9 +138,7 @@ class QuantLinear(nn.Linear):
         data = torch.empty(weight_format.layout.nbytes, dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(data, requires_grad=False)
         if bias:
-            self.bias = nn.Parameter(
-                torch.empty(out_features, dtype=compute_dtype, device=device), requires_grad=False
-            )
+            self.bias = nn.Parameter(torch.empty(out_features, dtype=compute_dtype, device=device), requires_grad=False)
         else:
             self.register_parameter("bias", None)
 

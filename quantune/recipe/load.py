@@ -166,9 +166,7 @@ def _toml_value(text: str) -> Any:
         return text.strip()
 
 
-def _error(
-    findings: Iterable[Finding], text: str, path: Path, origins: dict[positions.Path, str]
-) -> RecipeError:
+def _error(findings: Iterable[Finding], text: str, path: Path, origins: dict[positions.Path, str]) -> RecipeError:
     problems = [_locate(finding, text, path, origins) for finding in findings]
     return RecipeError(sorted(problems, key=lambda problem: (problem.line or 0, problem.column or 0, problem.where)))
 

@@ -60,7 +60,14 @@ def render(backends: Mapping[str, type]) -> str:
 
 def _section(title: str, cls: type) -> str:
     docs, hints = field_docs(cls), get_type_hints(cls)
-    lines = [f"## `{title}`", "", inspect.getdoc(cls) or "", "", "| key | type | default | meaning |", "|---|---|---|---|"]
+    lines = [
+        f"## `{title}`",
+        "",
+        inspect.getdoc(cls) or "",
+        "",
+        "| key | type | default | meaning |",
+        "|---|---|---|---|",
+    ]
     for field in attrs.fields(cls):
         if field.name == "options" or attrs.has(_member(hints[field.name])):
             continue

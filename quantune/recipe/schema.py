@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import attrs
 
-from quantune.recipe.checks import at_least, between, patterns, not_empty, positive
+from quantune.recipe.checks import at_least, between, not_empty, patterns, positive
 
 
 @attrs.frozen(kw_only=True)

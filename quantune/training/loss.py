@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from quantune.data.collate import IGNORED  # noqa
+
 CHUNK_BYTES = 32 * 1024 * 1024
 """Bytes of logits held at a time; 32 to 64 MB measured fastest on CPUs."""
 

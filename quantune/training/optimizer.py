@@ -24,6 +24,4 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) 
         )
     from bitsandbytes.optim import AdamW8bit
 
-    return AdamW8bit(
-        parameters, lr=config.learning_rate, betas=betas, eps=config.eps, weight_decay=config.weight_decay
-    )
+    return AdamW8bit(parameters, lr=config.learning_rate, betas=betas, eps=config.eps, weight_decay=config.weight_decay)

@@ -1,0 +1,29 @@
+"""`quantune check`: is this recipe right, and what does it say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from quantune.cli.console import err, out
+from quantune.cli.recipes import open_recipe
+from quantune.recipe.resolve import to_dict, to_toml
+
+
+def check(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a TOML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the recipe as JSON.")] = False,
+) -> None:
+    """Validate a recipe without loading anything, and print it with every default written out."""
+    checked = open_recipe(recipe, overrides or ())
+    if as_json:
+        out.print_json(json.dumps(to_dict(checked)))
+        return
+    out.print(to_toml(checked), markup=False, end="")
+    err.print(f"[green]{recipe} is right[/]")

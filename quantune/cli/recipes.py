@@ -1,0 +1,24 @@
+"""Opening a recipe the way every command does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from quantune.backends.registry import options_of
+from quantune.recipe.load import load_recipe
+from quantune.recipe.preflight import check_files
+from quantune.recipe.resolve import with_absolute_paths
+from quantune.recipe.schema import Recipe
+
+
+def open_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Load and check a recipe and the files it names; its paths are absolute afterwards.
+
+    Raises:
+        RecipeError: with every problem there is.
+    """
+    loaded = load_recipe(path, options_of=options_of, overrides=overrides)
+    recipe = with_absolute_paths(loaded.recipe, path)
+    check_files(loaded, recipe)
+    return recipe

@@ -1,0 +1,52 @@
+"""Answering prompts with a base as it was trained on, and its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from quantune.data.tokenization import prompt_ids
+from quantune.model.adapter import load_adapter
+from quantune.model.base import open_base
+from quantune.model.device import DTYPES, choose_device, choose_precision
+from quantune.model.load import load_model
+from quantune.recipe.schema import Recipe
+from quantune.training.evaluate import generate
+
+
+def answer(
+    recipe: Recipe,
+    adapter: Path | None,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    allow_remote_code: bool = False,
+) -> list[str]:
+    """An answer to each prompt, one after the other.
+
+    Raises:
+        InputError: the base or the adapter can't be used.
+    """
+    device = choose_device("auto")
+    base = open_base(recipe.model, allow_remote_code=allow_remote_code)
+    dtype = DTYPES[choose_precision("auto", device)]
+    model = load_model(base, recipe.quantization, compute_dtype=dtype, device=device)
+    answering = model if adapter is None else load_adapter(model, adapter)
+    answering.eval()
+    torch.manual_seed(recipe.training.seed)
+    answers = []
+    for prompt in prompts:
+        input_ids = torch.tensor([prompt_ids(base.tokenizer, prompt)], device=device)
+        answers += generate(
+            answering,
+            input_ids,
+            torch.ones_like(input_ids),
+            base.tokenizer,
+            max_new_tokens=max_new_tokens,
+            pad_id=base.pad_id,
+            temperature=temperature,
+        )
+    return answers

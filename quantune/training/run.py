@@ -1,0 +1,223 @@
+"""A run from a resolved recipe to an adapter, told in order."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from peft import PeftModel
+from torch import nn
+
+from quantune.checkpoint.commit import write_committed
+from quantune.checkpoint.fingerprint import environment, hash_files
+from quantune.checkpoint.run_folder import RunFolder
+from quantune.checkpoint.state import load_state, save_state
+from quantune.data import dataset as data
+from quantune.errors import CheckpointError, InterruptedRun
+from quantune.model import adapter
+from quantune.model.base import Base, open_base, skeleton
+from quantune.model.device import DTYPES, choose_device
+from quantune.model.load import load_model, module_table, packed_fingerprint
+from quantune.recipe.resolve import to_dict, to_toml
+from quantune.recipe.schema import Recipe
+from quantune.training.evaluate import evaluate
+from quantune.training.loop import Hooks, Job, Progress, StopRequest, fit
+from quantune.training.loss import build_loss
+from quantune.training.memory import measure_peak
+from quantune.training.observer import EvaluationResult, ModelSummary, Observer, StepMetrics
+from quantune.training.optimizer import build_optimizer
+from quantune.training.resolve import resolve
+
+UNCHANGEABLE = ("model", "quantization", "adapter", "training")
+"""Sections that must be the same when a run is resumed; the data is compared by its tokens."""
+
+
+@attrs.frozen(kw_only=True)
+class RunResult:
+    """What a finished run leaves."""
+
+    folder: Path
+    adapter: Path
+    steps: int
+    seconds: float
+    evaluations: tuple[EvaluationResult, ...]
+
+
+def train(
+    recipe: Recipe, folder: RunFolder, observer: Observer, *, resume: bool = False, allow_remote_code: bool = False
+) -> RunResult:
+    """Train what `recipe` (with absolute paths) says, in `folder`.
+
+    Raises:
+        InputError: the recipe, base, data or targets can't be used; found before any weight is loaded.
+        QuantuneError: see `quantune.errors`.
+    """
+    begun = time.perf_counter()
+    if isinstance(recipe.distributed.threads, int):
+        torch.set_num_threads(recipe.distributed.threads)
+    device = choose_device(recipe.training.device)
+
+    observer.phase("opening the base")
+    base = open_base(recipe.model, allow_remote_code=allow_remote_code)
+    meta = skeleton(base)
+    adapter.match_targets(meta, recipe.adapter)
+    vocabulary_size = meta.get_input_embeddings().num_embeddings  # type: ignore[operator]  # a transformers model
+
+    observer.phase("reading the data")
+    dataset = data.build(recipe.data.train, recipe.data, base.tokenizer, vocabulary_size=vocabulary_size)
+    observer.data("train", dataset.counts)
+    held_out = None
+    if recipe.data.eval:
+        held_out = data.build(recipe.data.eval, recipe.data, base.tokenizer, vocabulary_size=vocabulary_size)
+        observer.data("eval", held_out.counts)
+    longest = max(len(sample.input_ids) for sample in dataset.samples)
+    recipe = resolve(recipe, device=device, sample_count=len(dataset.samples), longest=longest)
+
+    observer.phase("loading the base")
+    model, summary = _load(recipe, base, device)
+    observer.model(summary)
+    parameters = adapter.trainable_parameters(model)
+    optimizer = build_optimizer(parameters.values(), recipe.training)
+    inner = model.get_base_model()
+    loss = build_loss(inner)
+    if recipe.training.activation_checkpointing:
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    fingerprints = _fingerprints(recipe, base, dataset, model)
+    progress = Progress()
+    if resume:
+        progress = _restore(folder, parameters, optimizer, fingerprints, observer)
+    folder.write_recipe(to_toml(recipe))
+    folder.write_manifest({**environment(), "device": summary.device, "fingerprints": fingerprints})
+    folder.write_status("running", progress.step)
+
+    evaluations: list[EvaluationResult] = []
+
+    def record(metrics: StepMetrics) -> None:
+        folder.metrics.append({"event": "step", **attrs.asdict(metrics)})
+
+    def run_evaluation(step: int) -> EvaluationResult | None:
+        if held_out is None:
+            return None
+        result = evaluate(
+            model,
+            loss,
+            held_out.samples,
+            base.tokenizer,
+            recipe.evaluation,
+            pad_id=base.pad_id,
+            device=device,
+            step=step,
+        )
+        folder.metrics.append({"event": "evaluation", **attrs.asdict(result)})
+        evaluations.append(result)
+        observer.evaluation(result)
+        return result
+
+    def save(progress: Progress) -> None:
+        folder.checkpoints.save(
+            progress.step,
+            lambda path: save_state(
+                path,
+                parameters=parameters,
+                optimizer=optimizer,
+                progress=attrs.asdict(progress),
+                fingerprints=fingerprints,
+            ),
+        )
+        folder.checkpoints.prune(recipe.checkpoint.keep)
+        observer.checkpoint(progress.step)
+
+    assert recipe.training.max_steps is not None and recipe.training.warmup_steps is not None
+    assert isinstance(recipe.training.micro_batch_size, int)
+    job = Job(
+        recipe=recipe,
+        model=model,
+        loss=loss,
+        parameters=parameters,
+        optimizer=optimizer,
+        dataset=dataset,
+        device=device,
+        pad_id=base.pad_id,
+        total_steps=recipe.training.max_steps,
+        warmup_steps=recipe.training.warmup_steps,
+        micro_batch_size=recipe.training.micro_batch_size,
+    )
+    with StopRequest().listening() as stop:
+        if recipe.evaluation.at_start and progress.step == 0:
+            run_evaluation(0)
+        finished = fit(job, progress, Hooks(record=record, evaluate=run_evaluation, save=save), observer, stop)
+        if not finished:
+            folder.write_status("interrupted", progress.step)
+            raise InterruptedRun(f"stopped after step {progress.step} and saved; --resume goes on from there")
+    if recipe.evaluation.at_end:
+        run_evaluation(progress.step)
+
+    _publish_adapter(model, folder)
+    folder.write_status("finished", progress.step)
+    return RunResult(
+        folder=folder.path,
+        adapter=folder.adapter,
+        steps=progress.step,
+        seconds=time.perf_counter() - begun,
+        evaluations=tuple(evaluations),
+    )
+
+
+def _load(recipe: Recipe, base: Base, device: torch.device) -> tuple[PeftModel, ModelSummary]:
+    begun = time.perf_counter()
+    dtype = DTYPES[recipe.training.precision]
+    with measure_peak(device) as peak:
+        model = load_model(base, recipe.quantization, compute_dtype=dtype, device=device)
+    rows = module_table(model)
+    peft_model = adapter.attach(model, recipe.adapter, base_name=base.source, seed=recipe.training.seed)
+    summary = ModelSummary(
+        base=base.name,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        precision=recipe.training.precision,
+        rows=rows,
+        trainable=sum(parameter.numel() for parameter in adapter.trainable_parameters(peft_model).values()),
+        targets=sum(hasattr(module, "lora_A") for module in peft_model.modules()),
+        peak_bytes=peak.nbytes,
+        seconds=time.perf_counter() - begun,
+    )
+    return peft_model, summary
+
+
+def _fingerprints(recipe: Recipe, base: Base, dataset: data.Dataset, model: nn.Module) -> dict[str, Any]:
+    """What a resumed run must share with the run that wrote the checkpoint."""
+    document = to_dict(recipe)
+    prints: dict[str, Any] = {f"[{section}]": document.get(section) for section in UNCHANGEABLE}
+    prints["the tokens of the training data"] = dataset.fingerprint()
+    prints["the packed weights"] = packed_fingerprint(model)
+    if base.folder is not None:
+        prints["the files of the base"] = hash_files(base.folder.glob("*.safetensors"))
+    else:
+        prints["the revision of the base"] = getattr(base.config, "_commit_hash", None)
+    return prints
+
+
+def _restore(
+    folder: RunFolder,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    fingerprints: dict[str, Any],
+    observer: Observer,
+) -> Progress:
+    checkpoint = folder.checkpoints.latest_verified(observer.warning)
+    if checkpoint is None:
+        raise CheckpointError(f"no checkpoint in {folder.path} is whole; --overwrite starts the run again")
+    observer.phase(f"resuming from {checkpoint.name}")
+    progress = Progress(**load_state(checkpoint, parameters=parameters, optimizer=optimizer, fingerprints=fingerprints))
+    folder.metrics.truncate_after(progress.step)
+    return progress
+
+
+def _publish_adapter(model: PeftModel, folder: RunFolder) -> None:
+    if folder.adapter.exists():  # of an attempt that died before it could say it was finished
+        shutil.rmtree(folder.adapter)
+    write_committed(folder.path, folder.adapter.name, lambda path: adapter.save_adapter(model, path))
