@@ -62,7 +62,7 @@ class Problem:
 
     def __str__(self) -> str:
         place = ":".join(str(part) for part in (self.origin, self.line, self.column) if part is not None)
-        text = f"{place} [{self.where}] {self.message}  {self.code}" if place else f"[{self.where}] {self.message}  {self.code}"
+        text = f"{place} [{self.where}] {self.message}  {self.code}".lstrip()
         return f"{text}\n  {self.hint}" if self.hint else text
 
 

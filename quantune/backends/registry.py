@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from importlib import metadata
+from typing import Any
 
 import attrs
 
@@ -58,7 +59,7 @@ class BackendStatus:
 
 def status(found: FoundBackend) -> BackendStatus:
     """What can be said of a backend without importing a third party's code."""
-    known = {"name": found.name, "package": found.package, "version": found.version}
+    known: dict[str, Any] = {"name": found.name, "package": found.package, "version": found.version}
     if found.problem:
         return BackendStatus(**known, status="broken", reason=found.problem)
     if found.name not in BUILT_IN:

@@ -32,9 +32,9 @@ def run(
         raise InputError("--resume goes on with a run and --overwrite starts it again; give one of them")
     checked = open_recipe(recipe, overrides or ())
 
-    from quantune.checkpoint.run_folder import RunFolder
+    from quantune.checkpoint.run_folder import Mode, RunFolder
 
-    mode = "resume" if resume else "overwrite" if overwrite else "new"
+    mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
     with RunFolder.open(Path(checked.output.dir), mode) as folder, ConsoleObserver(checked) as observer:
         observer.phase("importing torch and transformers")
         quiet_libraries()

@@ -98,9 +98,11 @@ def render(
         DataError: the template refuses them.
     """
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
     except TemplateError as error:
         raise DataError(f"{where}: the chat template refuses the messages: {error}") from error
+    assert isinstance(text, str)
+    return text
 
 
 def _answer_spans(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from typing import Any
 
 import attrs
 import torch
@@ -52,7 +53,7 @@ def load_model(
     plan = None if quantization is None else plan_quantization(quantization, compute_dtype)
     try:
         with lean_heap():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 base.source,
                 config=base.config,
                 dtype=compute_dtype,
@@ -65,6 +66,7 @@ def load_model(
             )
     except OSError as error:
         raise ModelError(f"[model] base = {json.dumps(base.name)} can't be loaded: {error}") from error
+    model, info = loaded
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
         raise ModelError(f"{base.name} lacks weights of its own architecture: {missing}. Fetch the checkpoint again")
@@ -118,7 +120,7 @@ def packed_fingerprint(model: nn.Module) -> str:
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             digest.update(name.encode())
-            digest.update(memoryview(module.weight.detach().cpu().numpy()))
+            digest.update(module.weight.detach().cpu().numpy().data)
     return digest.hexdigest()
 
 

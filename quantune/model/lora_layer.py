@@ -41,7 +41,7 @@ class QuantLoraLinear(LoraLinear):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.quantization_backend = QuantuneBackend()
+        self.quantization_backend = QuantuneBackend()  # PEFT's variants look for this attribute
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter = self._fusable_adapter(args, kwargs)
@@ -73,12 +73,12 @@ class QuantLoraLinear(LoraLinear):
         for adapter in check_adapters_to_merge(self, adapter_names) or []:
             if adapter not in self.lora_A:
                 continue
-            weight = self.quantization_backend.get_base_weight(self.get_base_layer())
+            weight = QuantuneBackend().get_base_weight(self.get_base_layer())
             if adapter in self.lora_variant:
                 weight = self.lora_variant[adapter].merge_safe(self, adapter, weight)
             else:
                 weight = weight + self.get_delta_weight(adapter).to(weight.dtype)
-            self.quantization_backend.set_base_weight(self, weight)
+            QuantuneBackend().set_base_weight(self, weight)
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:

@@ -172,7 +172,12 @@ def _error(findings: Iterable[Finding], text: str, path: Path, origins: dict[pos
 
 
 def _locate(finding: Finding, text: str, path: Path, origins: dict[positions.Path, str]) -> Problem:
-    known = {"code": finding.code, "where": finding.where, "message": finding.message, "hint": finding.hint}
+    known: dict[str, Any] = {
+        "code": finding.code,
+        "where": finding.where,
+        "message": finding.message,
+        "hint": finding.hint,
+    }
     origin = finding.origin or origins.get(finding.path)
     if origin is not None:
         return Problem(**known, origin=origin)

@@ -1,8 +1,8 @@
 """The recipe reference, generated from the docstrings under the fields.
 
-    python -m quantune.recipe.reference > docs/recipe.md
+    make docs
 
-writes quantune's own tables; the command line's documentation adds those of the backends.
+writes docs/recipe.md with it.
 """
 
 from __future__ import annotations

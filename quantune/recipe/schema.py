@@ -18,7 +18,7 @@ class ModelConfig:
     """The base model."""
 
     base: str = attrs.field(validator=not_empty)
-    """A folder in the transformers format (safetensors), a hub id, or `builtin:mini`. A folder is relative to the recipe."""
+    """A folder in the transformers format (safetensors; relative to the recipe), a hub id, or `builtin:mini`."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     tokenizer: str | None = None
@@ -113,7 +113,7 @@ class DataConfig:
     max_length: int = attrs.field(default=1024, validator=at_least(2))
     """Most tokens in a sample."""
     overlong: Literal["drop", "truncate", "error"] = "drop"
-    """What happens to a sample over `max_length`: it is dropped and counted, its end is cut and counted, or the run stops."""
+    """What happens to a sample over `max_length`: it is dropped or its end is cut, and counted, or the run stops."""
     shuffle: bool = True
     """Visit the samples in an order drawn from (seed, epoch); otherwise in the order of the files."""
 

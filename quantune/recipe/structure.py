@@ -170,7 +170,7 @@ def _structure_literal(value: Any, annotation: Any) -> Any:
 
 def _class_hook(cls: Any) -> Any:
     attrs.resolve_types(cls)
-    checked = {field.name: override(struct_hook=_checked(field)) for field in attrs.fields(cls)}
+    checked: dict[str, Any] = {field.name: override(struct_hook=_checked(field)) for field in attrs.fields(cls)}
     inner = make_dict_structure_fn(cls, _CONVERTER, **checked)
 
     def hook(value: Any, _: Any) -> Any:

@@ -117,7 +117,7 @@ def _answers(
             pad_id=pad_id,
         )
         for sample, text in zip(batch, texts, strict=True):
-            prompt = tokenizer.decode(sample.input_ids[: sample.prompt_length], skip_special_tokens=True)
+            prompt = str(tokenizer.decode(sample.input_ids[: sample.prompt_length], skip_special_tokens=True))
             assert sample.reference is not None
             answers.append((prompt.strip(), sample.reference.strip(), text.strip()))
     return answers

@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from quantune.data.collate import IGNORED  # noqa
+from quantune.data.collate import IGNORED
 
 CHUNK_BYTES = 32 * 1024 * 1024
 """Bytes of logits held at a time; 32 to 64 MB measured fastest on CPUs."""
@@ -109,7 +109,7 @@ def build_loss(model: PreTrainedModel) -> LanguageModelLoss | WholeLogitsLoss:
     backbone, head = model.get_decoder(), model.get_output_embeddings()
     if backbone is None or head is None or backbone is model:
         return WholeLogitsLoss(model=model)
-    tokens = torch.arange(8, device=model.device)[None] % model.get_input_embeddings().num_embeddings
+    tokens = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
     training = model.training
     model.eval()
     try:

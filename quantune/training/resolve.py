@@ -32,7 +32,7 @@ def resolve(recipe: Recipe, *, device: torch.device, sample_count: int, longest:
             warmup_ratio=None,
             micro_batch_size=_micro_batch_size(training.batch_size, longest) if micro == "auto" else micro,
             precision=choose_precision(training.precision, device),
-            device=device.type,
+            device="cuda" if device.type == "cuda" else "cpu",
         ),
         distributed=attrs.evolve(recipe.distributed, threads=torch.get_num_threads()),
     )

@@ -11,6 +11,7 @@ import attrs
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from quantune.checkpoint.commit import write_committed
 from quantune.checkpoint.fingerprint import environment, hash_files
@@ -83,6 +84,7 @@ def train(
     parameters = adapter.trainable_parameters(model)
     optimizer = build_optimizer(parameters.values(), recipe.training)
     inner = model.get_base_model()
+    assert isinstance(inner, PreTrainedModel)
     loss = build_loss(inner)
     if recipe.training.activation_checkpointing:
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -29,11 +29,12 @@ def warmup_steps(config: TrainingConfig, total: int) -> int:
 def learning_rate(step: int, *, config: TrainingConfig, total: int, warmup: int) -> float:
     """The learning rate of step `step`, counted from 0.
 
-    It rises linearly over the warm-up, reaches its peak, then falls to `min_lr_ratio` of it at the last step.
+    It rises linearly over the warm-up, is at its peak right after it, and falls so that it would be at `min_lr_ratio`
+    of the peak in the step after the last.
     """
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
-    progress = (step - warmup) / max(1, total - 1 - warmup)
+    progress = (step - warmup) / max(1, total - warmup)
     remaining = {
         "constant": 1.0,
         "linear": 1.0 - progress,
