@@ -19,6 +19,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantune.backends.backend import Backend, pack_weight
+from quantune.errors import QuantizationError
 from quantune.model.names import matches_any
 from quantune.quantized.linear import QuantLinear, WeightFormat, Workspace
 
@@ -32,6 +33,8 @@ class QuantizationPlan:
     skip: tuple[str, ...]
     compute_dtype: torch.dtype
     workspace: Workspace = attrs.field(factory=Workspace)
+    failures: list[QuantizationError] = attrs.field(factory=list)
+    """Weights that could not be packed; transformers reports an operation's error only as text."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizationPlan:
         return self  # transformers copies configurations; the plan and its workspace are shared by the whole model
@@ -65,17 +68,18 @@ class PackWeight(ConversionOps):
         target_patterns: list[str] | None = None,
         *,
         full_layer_name: str = "",
-        model: nn.Module | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Replace the one tensor in `input_dict` by its flat packed bytes, under `full_layer_name`."""
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
-        packed = pack_weight(self.plan.backend, weight, self.plan.options, name=full_layer_name)
+        try:
+            packed = pack_weight(self.plan.backend, weight, self.plan.options, name=full_layer_name)
+        except QuantizationError as error:
+            self.plan.failures.append(error)
+            raise
         parameter = nn.Parameter(packed.data, requires_grad=False)
-        assert model is not None
-        for initialized in (parameter, model.get_submodule(full_layer_name.rpartition(".")[0])):
-            initialized._is_hf_initialized = True  # type: ignore[union-attr]  # or transformers draws it at random
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # as its module has
         return {full_layer_name: parameter}
 
 
@@ -100,6 +104,8 @@ class QuantuneQuantizer(HfQuantizer):
                 compute_dtype=plan.compute_dtype,
                 device="meta",
             )
+            for initialized in (quantized, quantized.weight):
+                initialized._is_hf_initialized = True  # or transformers draws weights that are missing at random
             model.set_submodule(name, quantized)
         return model
 

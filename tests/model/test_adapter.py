@@ -1,0 +1,169 @@
+"""Adapters are PEFT adapters: targets, initialization, round trips, merging."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from support import base_of, quantization
+from transformers import AutoModelForCausalLM
+
+from quantune.errors import ModelError
+from quantune.model import adapter
+from quantune.model.base import skeleton
+from quantune.model.load import load_model
+from quantune.model.lora_layer import QuantLoraLinear
+from quantune.quantized.linear import QuantLinear
+from quantune.recipe.schema import AdapterConfig
+
+TOKENS = torch.arange(30).view(2, 15) % 300
+
+
+def load(folder, weight_dtype="nf4"):
+    plan = quantization(weight_dtype=weight_dtype)
+    return load_model(base_of(folder), plan, compute_dtype=torch.float32, device=torch.device("cpu"))
+
+
+def trained(folder, config, weight_dtype="nf4"):
+    """An adapter whose every tensor has moved from its initialization."""
+    model = adapter.attach(load(folder, weight_dtype), config, base_name=str(folder), seed=3)
+    torch.manual_seed(4)
+    for parameter in adapter.trainable_parameters(model).values():
+        parameter.data += torch.randn_like(parameter) * 0.05
+    return model.eval()
+
+
+def dequantized(folder, weight_dtype="nf4"):
+    """transformers' own model on the dequantized base."""
+    packed = load(folder, weight_dtype)
+    dense = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, module in packed.named_modules():
+        if isinstance(module, QuantLinear):
+            dense.get_submodule(name).weight.data = module.dequantize()
+    return dense
+
+
+CONFIGS = {
+    "lora": AdapterConfig(r=8),
+    "rslora": AdapterConfig(r=8, use_rslora=True),
+    "dora": AdapterConfig(r=8, use_dora=True),
+    "suffixes": AdapterConfig(r=4, targets=("q_proj", "mlp.down_proj")),
+    "pattern": AdapterConfig(r=4, targets=r".*layers\.1\..*(k|v)_proj"),
+    "head saved": AdapterConfig(r=4, modules_to_save=("lm_head",)),
+}
+
+
+@pytest.mark.parametrize("weight_dtype", ["nf4", "int8"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_saved_adapter_answers_alike_in_plain_peft(llama, tmp_path, config, weight_dtype):
+    model = trained(llama, config, weight_dtype)
+    adapter.save_adapter(model, tmp_path)
+    plain = PeftModel.from_pretrained(dequantized(llama, weight_dtype), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, plain(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_saved_adapter_loads_on_the_packed_base(llama, tmp_path, config):
+    model = trained(llama, config)
+    adapter.save_adapter(model, tmp_path)
+    loaded = adapter.load_adapter(load(llama), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, loaded(TOKENS).logits)
+
+
+def test_saving_twice_gives_the_same_bytes(llama, tmp_path):
+    for name in ("one", "two"):
+        adapter.save_adapter(trained(llama, CONFIGS["lora"]), tmp_path / name)
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    config = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(config["target_modules"])
+
+
+def test_only_the_adapter_is_trained_and_in_fp32(llama):
+    model = adapter.attach(load(llama), AdapterConfig(), base_name="b", seed=0)
+    trainable = adapter.trainable_parameters(model)
+    assert all("lora_" in name for name in trainable)
+    assert {parameter.dtype for parameter in trainable.values()} == {torch.float32}
+
+
+def test_a_fresh_adapter_changes_nothing(llama):
+    base = load(llama)
+    with torch.no_grad():
+        before = base(TOKENS).logits
+        model = adapter.attach(base, AdapterConfig(), base_name="b", seed=0).eval()
+        assert torch.equal(model(TOKENS).logits, before)
+
+
+def test_the_seed_decides_the_initialization(llama):
+    def first(seed):
+        model = adapter.attach(load(llama), AdapterConfig(), base_name="b", seed=seed)
+        return next(iter(adapter.trainable_parameters(model).values()))
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+
+
+def test_dropout_acts_in_training_only(llama):
+    model = trained(llama, AdapterConfig(r=8, dropout=0.5))
+    plain = trained(llama, AdapterConfig(r=8))
+    with torch.no_grad():
+        assert torch.equal(model(TOKENS).logits, plain(TOKENS).logits)
+        model.train()
+        assert not torch.equal(model(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_gradients_equal_those_of_plain_peft_on_the_dequantized_base(llama, tmp_path, name):
+    model = trained(llama, CONFIGS[name])
+    adapter.save_adapter(model, tmp_path)
+    plain = PeftModel.from_pretrained(dequantized(llama), tmp_path, is_trainable=True).eval()
+    for one in (model, plain):
+        one(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters() if parameter.requires_grad}
+    found = {name: parameter.grad for name, parameter in adapter.trainable_parameters(model).items()}
+    assert found.keys() == expected.keys()
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-6)
+
+
+def test_peft_merges_into_the_packed_weight_and_refuses_to_undo_it(llama):
+    model = trained(llama, CONFIGS["lora"], "int8")
+    with torch.no_grad():
+        before = model(TOKENS).logits
+        layer = next(module for module in model.modules() if isinstance(module, QuantLoraLinear))
+        model.merge_adapter()
+        merged = model(TOKENS).logits
+    assert (merged - before).norm() / before.norm() < 0.05  # one more rounding to 8 bit
+    with pytest.raises(RuntimeError, match="can't be undone"):
+        layer.unmerge()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (AdapterConfig(targets=("q_porj",)), r'"q_porj" matches no linear layer \(did you mean "q_proj"\?\)'),
+        (AdapterConfig(targets=("q_proj", "nothing")), r'"nothing" matches no linear layer.*down_proj \(x2\)'),
+        (AdapterConfig(targets="q_proj"), r"a string is one regular expression over whole names"),
+        (AdapterConfig(targets="(.*"), "expected a regular expression"),
+        (AdapterConfig(modules_to_save=("lm_haed",)), r'found "lm_haed", .* \(did you mean "lm_head"\?\)'),
+    ],
+)
+def test_targets_that_match_nothing_list_the_linear_layers_there_are(llama, config, message):
+    with pytest.raises(ModelError, match=message):
+        adapter.match_targets(skeleton(base_of(llama)), config)
+
+
+def test_all_linear_leaves_the_output_head_out(llama):
+    matched = adapter.match_targets(skeleton(base_of(llama)), AdapterConfig())
+    assert len(matched) == 14 and "lm_head" not in matched
+
+
+def test_a_folder_without_an_adapter_and_a_pickled_one_are_refused(llama, tmp_path):
+    with pytest.raises(ModelError, match="found no adapter_config.json"):
+        adapter.load_adapter(load(llama), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="does not read pickled adapters"):
+        adapter.load_adapter(load(llama), tmp_path)

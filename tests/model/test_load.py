@@ -1,0 +1,148 @@
+"""Loading packs what the recipe meant to pack, touches nothing else, and says what came of it."""
+
+import json
+
+import pytest
+import torch
+from support import base_of, quantization
+from transformers import AutoModelForCausalLM
+
+from quantune.errors import ModelError, QuantizationError
+from quantune.model.base import open_base, skeleton
+from quantune.model.load import load_model, module_table, packed_fingerprint
+from quantune.model.names import matches
+from quantune.quantized.linear import QuantLinear
+from quantune.recipe.schema import ModelConfig
+
+CPU = torch.device("cpu")
+
+
+def load(folder, plan):
+    return load_model(base_of(folder), plan, compute_dtype=torch.float32, device=CPU)
+
+
+def dense_reference(folder, model):
+    """transformers' own model with the dequantized weights of `model` in place."""
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            reference.get_submodule(name).weight.data = module.dequantize()
+    return reference
+
+
+@pytest.mark.parametrize("architecture", ["llama", "tied_llama"])
+@pytest.mark.parametrize("weight_dtype", ["nf4", "fp4", "int8"])
+def test_logits_equal_those_of_a_dense_model_on_the_dequantized_weights(architecture, weight_dtype, request):
+    folder = request.getfixturevalue(architecture)
+    model = load(folder, quantization(weight_dtype=weight_dtype))
+    reference = dense_reference(folder, model)
+    tokens = torch.arange(24).view(2, 12)
+    assert torch.equal(model(tokens).logits, reference(tokens).logits)
+
+
+def test_everything_but_the_packed_weights_is_bit_equal_to_the_checkpoint(tied_llama):
+    model = load(tied_llama, quantization())
+    original = dict(AutoModelForCausalLM.from_pretrained(tied_llama, dtype=torch.float32).named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != torch.uint8:
+            assert torch.equal(parameter, original[name])
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_the_output_head_and_what_skip_names_stay_in_full_precision(llama):
+    model = load(llama, quantization(skip=["layers.0", "*.down_proj"]))
+    packed = {name for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    assert packed == {
+        f"model.layers.1.{leaf}"
+        for leaf in (
+            *(f"self_attn.{letter}_proj" for letter in "qkvo"),
+            "mlp.gate_proj",
+            "mlp.up_proj",
+        )
+    }
+
+
+def test_loading_twice_gives_the_same_bytes(llama):
+    first, second = load(llama, quantization()), load(llama, quantization())
+    assert packed_fingerprint(first) == packed_fingerprint(second)
+    assert packed_fingerprint(first) != packed_fingerprint(load(llama, quantization(block_size=128)))
+
+
+def test_the_table_counts_weights_not_bytes_and_shared_weights_once(tied_llama):
+    model = load(tied_llama, quantization())
+    reference = AutoModelForCausalLM.from_pretrained(tied_llama)
+    assert sum(row.weights for row in module_table(model)) == sum(p.numel() for p in reference.parameters())
+    assert any(row.dtype.startswith("nf4 (4.") for row in module_table(model))
+
+
+def test_without_quantization_the_base_stays_as_it_is(llama):
+    model = load(llama, None)
+    assert not any(isinstance(module, QuantLinear) for module in model.modules())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_weights_that_should_be_packed_and_are_not_fail_the_load(gpt2):
+    with pytest.raises(QuantizationError, match="nothing was packed"):
+        load(gpt2, quantization())
+
+
+def test_experts_that_are_not_packed_fail_the_load_unless_they_are_skipped(mixtral):
+    with pytest.raises(QuantizationError, match=r"2 weights .* still in full precision: model.layers.0.mlp.experts"):
+        load(mixtral, quantization())
+    model = load(mixtral, quantization(skip=["experts"]))
+    assert isinstance(model.model.layers[0].self_attn.q_proj, QuantLinear)
+
+
+def test_a_weight_that_is_not_finite_is_named(llama, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(Exception, match=r"model.layers.1.mlp.up_proj.weight: can't be packed") as caught:
+        load(tmp_path, quantization())
+    assert isinstance(caught.value, QuantizationError)
+
+
+def test_missing_weights_are_named(llama, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    state = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.mlp.up" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(ModelError, match="lacks weights of its own architecture: model.layers.1.mlp.up_proj.weight"):
+        load(tmp_path, quantization())
+
+
+def test_a_checkpoint_that_is_already_quantized_is_refused_with_its_method(tmp_path):
+    from quantune.model import mini
+
+    for file in mini.PATH.glob("*.json"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "dataset": "c4"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"already quantized \(gptq\)"):
+        open_base(ModelConfig(base=str(tmp_path)))
+
+
+def test_remote_code_needs_the_flag_as_well():
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        open_base(ModelConfig(base="builtin:mini", trust_remote_code=True))
+
+
+def test_the_skeleton_has_no_weights():
+    model = skeleton(open_base(ModelConfig(base="builtin:mini")))
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "expected"),
+    [
+        ("lm_head", "lm_head", True),
+        ("model.layers.0.mlp.down_proj", "layers.0", True),
+        ("model.layers.10.mlp.down_proj", "layers.1", False),
+        ("model.layers.0.mlp.down_proj", "*_proj", True),
+        ("model.layers.0.mlp.down_proj", "layers.*.mlp", True),
+        ("model.layers.0.mlp.down_proj", "layers.mlp", False),
+        ("model.layers.0.mlp.down_proj", "down", False),
+    ],
+)
+def test_skip_patterns_match_whole_parts_of_names(name, pattern, expected):
+    assert matches(name, pattern) is expected
