@@ -8,8 +8,6 @@ import sys
 import time
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 RECIPE = """
 [model]
@@ -190,9 +188,10 @@ def test_accumulating_micro_batches_equals_one_large_batch(folder):
     text = RECIPE.replace("dropout = 0.1", "")
     for name, size in (("whole", 4), ("split", 1)):
         quantune("run", recipe_for(folder, name, text), "--set", f"training.micro_batch_size={size}")
-    whole, split = (load_file(folder / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "split"))
-    for name, tensor in whole.items():
-        torch.testing.assert_close(split[name], tensor, rtol=1e-3, atol=1e-4)
+    whole, split = ([row for row in metrics(folder / name) if row["event"] == "step"] for name in ("whole", "split"))
+    assert split[0]["grad_norm"] == pytest.approx(whole[0]["grad_norm"], rel=1e-5)
+    for one, other in zip(whole, split, strict=True):  # Adam magnifies rounding from step to step
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize(
