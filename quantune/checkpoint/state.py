@@ -1,7 +1,7 @@
 """What a run needs to go on as if it had not stopped: tensors in safetensors, the rest in JSON, no pickle.
 
 adapter.safetensors     the trained parameters, by name
-optimizer.safetensors   the optimizer's tensors, as `<parameter name>/<key>`
+optimizer.safetensors   the optimizer's tensors, as `<parameter name>/<key>`, nested keys with more slashes
 rng.safetensors         the states of torch's and numpy's random number generators
 state.json              the optimizer's other values, python's generator, progress, and what must not have changed
 """
@@ -40,15 +40,11 @@ def save_state(
         fingerprints: JSON values that must be the same when the run goes on.
     """
     save_file({name: parameter.detach().contiguous() for name, parameter in parameters.items()}, folder / ADAPTER)
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
     state = optimizer.state_dict()["state"]
-    for index, name in enumerate(parameters):
-        for key, value in state.get(index, {}).items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}/{key}"] = value.detach().clone()  # 8-bit optimizers share code books between entries
-            else:
-                values.setdefault(name, {})[key] = value
+    entries = _flatten({name: state.get(index, {}) for index, name in enumerate(parameters)})
+    # cloned: 8-bit optimizers share code books between entries, which safetensors refuses
+    tensors = {path: value.detach().clone() for path, value in entries.items() if isinstance(value, Tensor)}
+    values = {path: value for path, value in entries.items() if not isinstance(value, Tensor)}
     save_file(tensors, folder / OPTIMIZER)
     generators, python = _rng_state()
     save_file(generators, folder / RNG)
@@ -101,15 +97,26 @@ def _optimizer_state(
     folder: Path,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    values: Mapping[str, Mapping[str, Any]],
+    values: Mapping[str, Any],
 ) -> dict[str, Any]:
-    tensors = load_file(folder / OPTIMIZER)
+    entries = {**values, **load_file(folder / OPTIMIZER)}
     index_of = {name: index for index, name in enumerate(parameters)}
-    state: dict[int, dict[str, Any]] = {index_of[name]: dict(entry) for name, entry in values.items()}
-    for path, tensor in tensors.items():
-        name, _, key = path.rpartition("/")
-        state.setdefault(index_of[name], {})[key] = tensor
+    state: dict[int, dict[str, Any]] = {}
+    for path, value in entries.items():
+        name, *keys, last = path.split("/")
+        node = state.setdefault(index_of[name], {})
+        for key in keys:
+            node = node.setdefault(key, {})
+        node[last] = value
     return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested dict as one level, its keys joined by slashes."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat.update(_flatten(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return flat
 
 
 def _rng_state() -> tuple[dict[str, Tensor], Any]:

@@ -7,9 +7,11 @@ import json
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -76,9 +78,14 @@ def attach(model: PreTrainedModel, config: AdapterConfig, *, base_name: str, see
     torch.manual_seed(seed)
     peft_model = get_peft_model(model, lora)
     peft_model.peft_config["default"].base_model_name_or_path = base_name
+    compute_dtype = model.dtype
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if compute_dtype != torch.float32:
+        for module in peft_model.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                _compute_in_fp32(module.modules_to_save["default"], compute_dtype)
     return peft_model
 
 
@@ -121,6 +128,18 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "adapter_model.safetensors")
+
+
+def _compute_in_fp32(module: nn.Module, outside: torch.dtype) -> None:
+    """Let a module with fp32 parameters work among modules that compute in another dtype."""
+
+    def cast(values: Any, dtype: torch.dtype) -> Any:
+        if isinstance(values, Tensor):
+            return values.to(dtype) if values.is_floating_point() else values
+        return tuple(cast(value, dtype) for value in values) if isinstance(values, tuple) else values
+
+    module.register_forward_pre_hook(lambda _, inputs: cast(inputs, torch.float32))
+    module.register_forward_hook(lambda _, inputs, output: cast(output, outside))
 
 
 def _head_names(model: PreTrainedModel) -> list[str] | None:

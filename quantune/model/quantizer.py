@@ -104,8 +104,8 @@ class QuantuneQuantizer(HfQuantizer):
                 compute_dtype=plan.compute_dtype,
                 device="meta",
             )
-            for initialized in (quantized, quantized.weight):
-                initialized._is_hf_initialized = True  # or transformers draws weights that are missing at random
+            for initialized in (quantized, quantized.weight):  # or transformers draws missing weights at random
+                initialized._is_hf_initialized = True  # type: ignore[union-attr]  # an attribute of transformers' own
             model.set_submodule(name, quantized)
         return model
 

@@ -206,10 +206,10 @@ def _tuple_hook(annotation: Any) -> Any:
 
 def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
-    converter.register_structure_hook_func(lambda t: t is int, _scalar((int,), "a whole number"))
-    converter.register_structure_hook_func(lambda t: t is float, _scalar((int, float), "a number", float))
-    converter.register_structure_hook_func(lambda t: t is str, _scalar((str,), "a string"))
-    converter.register_structure_hook_func(lambda t: t is bool, _scalar((bool,), "true or false"))
+    converter.register_structure_hook(int, _scalar((int,), "a whole number"))
+    converter.register_structure_hook(float, _scalar((int, float), "a number", float))
+    converter.register_structure_hook(str, _scalar((str,), "a string"))
+    converter.register_structure_hook(bool, _scalar((bool,), "true or false"))
     converter.register_structure_hook_func(_is_union, _structure_union)
     converter.register_structure_hook_func(lambda t: get_origin(t) is Literal, _structure_literal)
     converter.register_structure_hook_factory(lambda t: get_origin(t) is tuple, _tuple_hook)

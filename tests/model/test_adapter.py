@@ -15,6 +15,7 @@ from quantune.model.load import load_model
 from quantune.model.lora_layer import QuantLoraLinear
 from quantune.quantized.linear import QuantLinear
 from quantune.recipe.schema import AdapterConfig
+from quantune.training.loss import build_loss
 
 TOKENS = torch.arange(30).view(2, 15) % 300
 
@@ -167,3 +168,17 @@ def test_a_folder_without_an_adapter_and_a_pickled_one_are_refused(llama, tmp_pa
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(ModelError, match="does not read pickled adapters"):
         adapter.load_adapter(load(llama), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config", [AdapterConfig(r=4), AdapterConfig(r=4, modules_to_save=("lm_head", "embed_tokens"))]
+)
+def test_a_bf16_base_trains_fp32_adapters(llama, config):
+    plan = quantization()
+    base = load_model(base_of(llama), plan, compute_dtype=torch.bfloat16, device=torch.device("cpu"))
+    model = adapter.attach(base, config, base_name="b", seed=0)
+    loss = build_loss(model.get_base_model())(TOKENS, TOKENS)
+    loss.backward()
+    trained = adapter.trainable_parameters(model).values()
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained)

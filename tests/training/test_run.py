@@ -196,7 +196,12 @@ def test_accumulating_micro_batches_equals_one_large_batch(folder):
 
 @pytest.mark.parametrize(
     "change",
-    ["training.activation_checkpointing=true", "adapter.use_dora=true", "training.optimizer=adamw_8bit"],
+    [
+        "training.activation_checkpointing=true",
+        "adapter.use_dora=true",
+        "training.optimizer=adamw_8bit",
+        'adapter.modules_to_save=["lm_head"]',
+    ],
 )
 def test_options_train(folder, change):
     path = recipe_for(folder)
