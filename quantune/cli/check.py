@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from quantune.cli.console import err, out
 from quantune.cli.recipes import open_recipe
@@ -26,4 +27,4 @@ def check(
         out.print_json(json.dumps(to_dict(checked)))
         return
     out.print(to_toml(checked), markup=False, end="")
-    err.print(f"[green]{recipe} is right[/]")
+    err.print(f"[green]{escape(str(recipe))} is right[/]")

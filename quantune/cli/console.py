@@ -15,9 +15,9 @@ from quantune.errors import Problem, QuantuneError, RecipeError
 if TYPE_CHECKING:
     from rich.table import Table
 
-out = Console(highlight=False, soft_wrap=True)
+out = Console(emoji=False, highlight=False, soft_wrap=True)
 """Results."""
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+err = Console(stderr=True, emoji=False, highlight=False, soft_wrap=True)
 """Progress and errors."""
 
 

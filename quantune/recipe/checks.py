@@ -15,6 +15,18 @@ def positive(instance: Any, attribute: Any, value: Any) -> None:
         raise ValueError(f"must be greater than 0, found {value}")
 
 
+def finite(instance: Any, attribute: Any, value: Any) -> None:
+    """The value must not be infinite or NaN."""
+    if not math.isfinite(value):
+        raise ValueError(f"must be finite, found {value}")
+
+
+def positive_or_auto(instance: Any, attribute: Any, value: Any) -> None:
+    """The value must be `auto` or a number greater than 0."""
+    if value != "auto":
+        positive(instance, attribute, value)
+
+
 def at_least(minimum: float) -> Validator:
     """The value must be a number, `minimum` or greater."""
 

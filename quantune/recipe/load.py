@@ -27,10 +27,12 @@ class LoadedRecipe:
     path: Path
     """As given."""
     text: str
+    origins: dict[positions.Path, str] = attrs.field(factory=dict)
+    """What `--set` set, by key path."""
 
     def error(self, findings: Iterable[Finding]) -> RecipeError:
         """The findings as one error with positions."""
-        return _error(findings, self.text, self.path, {})
+        return _error(findings, self.text, self.path, self.origins)
 
 
 def load_recipe(path: Path, *, options_of: OptionsOf, overrides: Sequence[str] = ()) -> LoadedRecipe:
@@ -49,6 +51,9 @@ def load_recipe(path: Path, *, options_of: OptionsOf, overrides: Sequence[str] =
         document = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
         raise RecipeError([_toml_problem(error, text, path)]) from error
+    except RecursionError:  # tomli's answer to arrays or inline tables nested hundreds deep
+        message = "not valid TOML: arrays or tables are nested too deeply"
+        raise RecipeError([Problem(code="QT002", where="recipe", message=message, origin=str(path))]) from None
     findings: list[Finding] = []
     origins: dict[positions.Path, str] = {}
     for override in overrides:
@@ -59,7 +64,7 @@ def load_recipe(path: Path, *, options_of: OptionsOf, overrides: Sequence[str] =
         findings += conflicts.check(recipe)
     if findings or recipe is None:
         raise _error(findings, text, path, origins)
-    return LoadedRecipe(recipe=recipe, path=path, text=text)
+    return LoadedRecipe(recipe=recipe, path=path, text=text, origins=origins)
 
 
 def structure_recipe(document: dict[str, Any], options_of: OptionsOf) -> tuple[Recipe | None, list[Finding]]:
@@ -119,7 +124,7 @@ def _read(path: Path) -> str:
 
 def _toml_problem(error: tomli.TOMLDecodeError, text: str, path: Path) -> Problem:
     line, column = error.lineno, error.colno
-    lines = text.splitlines()
+    lines = positions.lines_of(text)
     return Problem(
         code="QT002",
         where="recipe",
@@ -178,7 +183,9 @@ def _locate(finding: Finding, text: str, path: Path, origins: dict[positions.Pat
         "message": finding.message,
         "hint": finding.hint,
     }
-    origin = finding.origin or origins.get(finding.path)
+    origin = finding.origin
+    for length in range(len(finding.path), 0, -1):  # an override sets everything inside its value
+        origin = origin or origins.get(finding.path[:length])
     if origin is not None:
         return Problem(**known, origin=origin)
     position = None
@@ -189,4 +196,4 @@ def _locate(finding: Finding, text: str, path: Path, origins: dict[positions.Pat
     if position is None:
         return Problem(**known, origin=str(path))
     line, column = position
-    return Problem(**known, origin=str(path), line=line, column=column, source_line=text.splitlines()[line - 1])
+    return Problem(**known, origin=str(path), line=line, column=column, source_line=positions.lines_of(text)[line - 1])

@@ -13,20 +13,34 @@ from typing import Any
 import tomli
 
 Path = tuple[str | int, ...]
+_COMMENT_OR_STRING = re.compile(
+    r"""(?sx)
+    (?P<key> \A\s*\[[^\n]*\] | (?: "(?:\\.|[^"\\\n])*" | '[^'\n]*' ) (?=[ \t]*[=.]) )
+    | \"{3}(?:\\.|.)*?\"{3,5} | '{3}.*?'{3,5}
+    | "(?:\\.|[^"\\\n])*" | '[^'\n]*'
+    | \#[^\n]*
+    """
+)
 
 
 def locate(text: str, path: Path) -> tuple[int, int] | None:
     """Line and column, both from 1, of the key at `path`; None when the text does not set it."""
-    lines = text.splitlines()
+    lines = lines_of(text)
     start = 0
     for end in range(1, len(lines) + 1):
         document = _parse(lines[:end])
         if document is None:
             continue
         if _holds(document, path):
-            return start + 1 + _row(lines[start:end], path), _column(lines[start:end], path)
+            row, column = _find(lines[start:end], path)
+            return start + 1 + row, column + 1
         start = end
     return None
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a TOML text; only a newline ends one, unlike for `str.splitlines`."""
+    return text.replace("\r\n", "\n").split("\n")
 
 
 def _parse(lines: Iterable[str]) -> dict[str, Any] | None:
@@ -45,24 +59,49 @@ def _holds(node: Any, path: Path) -> bool:
     return True
 
 
-def _row(statement: list[str], path: Path) -> int:
-    """The line of the statement that names the last key: 0 unless the key is inside a multi-line value."""
-    return _find(statement, path)[0]
-
-
-def _column(statement: list[str], path: Path) -> int:
-    return _find(statement, path)[1] + 1
-
-
 def _find(statement: list[str], path: Path) -> tuple[int, int]:
-    names = [part for part in path if isinstance(part, str)]
-    if not names:
-        return 0, 0
-    key = re.escape(names[-1])
-    spellings = re.compile(rf"""(?<![\w"'-])(?:"{key}"|'{key}'|{key})(?=\s*(?:=|\.|\]))""")
-    for row, line in enumerate(statement):
-        found = spellings.search(line)
+    """Row and column, both from 0, of the last key of `path` in the statement that sets it."""
+    text, at = _masked("\n".join(statement)), None
+    end = 0
+    for part in _inside("\n".join(statement), path):
+        if isinstance(part, int):
+            end = _element(text, end, part)
+            continue
+        key = re.escape(part)
+        found = re.compile(rf"""(?<![\w"'-])(?:"{key}"|'{key}'|{key})(?=\s*(?:=|\.|\]))""").search(text, end)
         if found:
-            return row, found.start()
-    first = next((row for row, line in enumerate(statement) if line.strip()), 0)
-    return first, len(statement[first]) - len(statement[first].lstrip())
+            at, end = found.start(), found.end()
+    if at is None:
+        at = len(text) - len(text.lstrip())
+    return text.count("\n", 0, at), at - (text.rfind("\n", 0, at) + 1)
+
+
+def _inside(statement: str, path: Path) -> Path:
+    """The end of `path` that the statement spells out; what comes before it stands in a table header above."""
+    document = tomli.loads(statement + "\n")
+    for start in range(len(path)):
+        if isinstance(path[start], str) and _holds(document, path[start:]):
+            return path[start:]
+    return tuple(part for part in path if isinstance(part, str))[-1:]
+
+
+def _masked(text: str) -> str:
+    """The text with comments and string values blanked out, so that what they say is not taken for a key."""
+
+    def blank(found: re.Match[str]) -> str:
+        return re.sub(r"[^\n]", " ", found[0])
+
+    return _COMMENT_OR_STRING.sub(lambda found: found[0] if found["key"] else blank(found), text)
+
+
+def _element(text: str, start: int, index: int) -> int:
+    """Where element `index` of the array after `start` begins; `start` itself after a header, which has no array."""
+    opening = re.compile(r"\s*=\s*\[|\s*\[").match(text, start)
+    if opening is None:
+        return start
+    depth, end = 0, opening.end()
+    while index and end < len(text):
+        depth += (text[end] in "[{") - (text[end] in "]}")
+        index -= text[end] == "," and depth == 0
+        end += 1
+    return end

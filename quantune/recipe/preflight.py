@@ -19,7 +19,7 @@ def check_files(loaded: LoadedRecipe, recipe: Recipe) -> None:
     Raises:
         RecipeError: files are missing, empty or not what they should be.
     """
-    findings = [*_base(recipe), *_chat_template(recipe), *_data(recipe)]
+    findings = [*_base(recipe), *_tokenizer(recipe), *_chat_template(recipe), *_data(recipe)]
     if findings:
         raise loaded.error(findings)
 
@@ -51,6 +51,12 @@ def _base(recipe: Recipe) -> Iterable[Finding]:
         found = "only pickled weights" if pickled else "no weights"
         hint = "load it once in transformers and write it with save_pretrained(folder)" if pickled else None
         yield finding(f"expected weights in *.safetensors in {base}, found {found}", hint)
+
+
+def _tokenizer(recipe: Recipe) -> Iterable[Finding]:
+    tokenizer = recipe.model.tokenizer
+    if tokenizer is not None and is_local(tokenizer) and not Path(tokenizer).is_dir():
+        yield Finding(code="QT030", path=("model", "tokenizer"), message=f"there is no folder {tokenizer}")
 
 
 def _chat_template(recipe: Recipe) -> Iterable[Finding]:

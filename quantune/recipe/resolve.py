@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,12 @@ def with_absolute_paths(recipe: Recipe, recipe_path: Path) -> Recipe:
     folder = recipe_path.resolve().parent
 
     def absolute(path: str) -> str:
-        return str((folder / Path(path).expanduser()).resolve())
+        return str((folder / os.path.expanduser(path)).resolve())
 
     def model_path(name: str | None) -> str | None:
         if name is None or name.startswith("builtin:"):
             return name
-        expanded = Path(name).expanduser()
+        expanded = os.path.expanduser(name)
         local = name.startswith((".", "/", "~")) or (folder / expanded).is_dir()
         return absolute(name) if local else name
 
@@ -34,7 +35,7 @@ def with_absolute_paths(recipe: Recipe, recipe_path: Path) -> Recipe:
     base = model_path(recipe.model.base)
     assert base is not None
     template = recipe.model.chat_template
-    directory = f"runs/{recipe_path.stem}" if recipe.output.dir == "auto" else recipe.output.dir
+    directory = f"runs/{recipe_path.stem}" if recipe.output.dir == "auto" else os.path.expanduser(recipe.output.dir)
     return attrs.evolve(
         recipe,
         model=attrs.evolve(

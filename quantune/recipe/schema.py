@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import attrs
 
-from quantune.recipe.checks import at_least, between, not_empty, patterns, positive
+from quantune.recipe.checks import at_least, between, finite, not_empty, patterns, positive, positive_or_auto
 
 
 @attrs.frozen(kw_only=True)
@@ -52,7 +52,7 @@ class AdapterConfig:
     """The kind of adapter."""
     r: int = attrs.field(default=16, validator=positive)
     """Rank of the update."""
-    alpha: float = attrs.field(default=32.0, validator=positive)
+    alpha: float = attrs.field(default=32.0, validator=[positive, finite])
     """The update is scaled by alpha / r, with `use_rslora` by alpha / sqrt(r)."""
     dropout: float = attrs.field(default=0.0, validator=between(0.0, 1.0, right_open=True))
     """Probability of dropping an input of the adapter in training."""
@@ -128,12 +128,10 @@ class TrainingConfig:
     """Passes over the training data, 1 when neither is given."""
     batch_size: int = attrs.field(default=8, validator=positive)
     """Samples per optimizer step, over all micro-batches and processes."""
-    micro_batch_size: int | Literal["auto"] = attrs.field(
-        default="auto", validator=attrs.validators.or_(attrs.validators.in_(("auto",)), positive)
-    )
+    micro_batch_size: int | Literal["auto"] = attrs.field(default="auto", validator=positive_or_auto)
     """Samples per forward pass; must divide `batch_size`. `auto`: the largest divisor that keeps a micro-batch within
     16,384 tokens."""
-    learning_rate: float = attrs.field(default=2e-4, validator=positive)
+    learning_rate: float = attrs.field(default=2e-4, validator=[positive, finite])
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up, towards `min_lr_ratio` of its peak."""
@@ -151,9 +149,9 @@ class TrainingConfig:
     """Decay of AdamW's first moment."""
     beta2: float = attrs.field(default=0.999, validator=between(0.0, 1.0, right_open=True))
     """Decay of AdamW's second moment."""
-    eps: float = attrs.field(default=1e-8, validator=positive)
+    eps: float = attrs.field(default=1e-8, validator=[positive, finite])
     """AdamW's epsilon."""
-    weight_decay: float = attrs.field(default=0.0, validator=at_least(0.0))
+    weight_decay: float = attrs.field(default=0.0, validator=[at_least(0.0), finite])
     """Decoupled weight decay."""
     max_grad_norm: float = attrs.field(default=1.0, validator=positive)
     """Gradients whose norm is larger are scaled down to it; `inf` clips nothing."""
@@ -210,9 +208,7 @@ class LoggingConfig:
 class DistributedConfig:
     """The processes of a run."""
 
-    threads: int | Literal["auto"] = attrs.field(
-        default="auto", validator=attrs.validators.or_(attrs.validators.in_(("auto",)), positive)
-    )
+    threads: int | Literal["auto"] = attrs.field(default="auto", validator=positive_or_auto)
     """CPU threads of each process; `auto` leaves torch's own choice (or OMP_NUM_THREADS)."""
 
 
