@@ -1,0 +1,97 @@
+"""Who may use a run's folder."""
+
+import os
+import signal
+
+import pytest
+
+from quantune.checkpoint.run_folder import RunFolder
+from quantune.errors import RunFolderError
+
+
+def fill(folder, state, checkpoint=True):
+    with RunFolder.open(folder, "new") as run:
+        run.write_recipe("x = 1")
+        if checkpoint:
+            run.checkpoints.save(3, lambda path: (path / "x").write_text("x"))
+        run.write_status(state, 3)
+
+
+def refusal(folder, mode):
+    with pytest.raises(RunFolderError) as caught, RunFolder.open(folder, mode):
+        pass
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+def test_a_finished_run_is_not_run_again_by_accident(tmp_path):
+    fill(tmp_path / "run", "finished")
+    assert "--overwrite starts it again" in refusal(tmp_path / "run", "new")
+    assert "is finished" in refusal(tmp_path / "run", "resume")
+
+
+def test_an_unfinished_run_is_resumed_or_overwritten_on_purpose(tmp_path):
+    fill(tmp_path / "run", "interrupted")
+    assert "--resume goes on with it, --overwrite starts it again" in refusal(tmp_path / "run", "new")
+    with RunFolder.open(tmp_path / "run", "resume") as run:
+        assert run.checkpoints.steps() == [3]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_is_simply_run_again(tmp_path):
+    fill(tmp_path / "run", "running", checkpoint=False)
+    assert "holds no checkpoint" in refusal(tmp_path / "run", "resume")
+    with RunFolder.open(tmp_path / "run", "new") as run:
+        assert run.state() is None
+
+
+def test_there_is_nothing_to_resume_where_nothing_is(tmp_path):
+    assert "does not exist" in refusal(tmp_path / "gone", "resume")
+    assert not (tmp_path / "gone").exists()
+
+
+def test_overwriting_removes_quantune_s_files_only(tmp_path):
+    fill(tmp_path / "run", "finished")
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with RunFolder.open(tmp_path / "run", "overwrite") as run:
+        assert run.state() is None and run.checkpoints.steps() == []
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("mode", ["new", "overwrite", "resume"])
+def test_a_folder_of_something_else_is_never_touched(tmp_path, mode):
+    (tmp_path / "thesis.tex").write_text("x")
+    assert "is not a run folder, and not empty (thesis.tex)" in refusal(tmp_path, mode)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_file_and_an_unwritable_place_are_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    assert "found a file" in refusal(tmp_path / "file", "new")
+    assert "can't be written to" in refusal(tmp_path / "file" / "run", "new")
+
+
+def test_a_folder_in_use_names_who_uses_it(tmp_path):
+    ready, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with RunFolder.open(tmp_path / "run", "new"):
+            os.write(write_end, b"x")
+            signal.pause()
+    os.read(ready, 1)
+    try:
+        assert f"is in use by process {child} on " in refusal(tmp_path / "run", "overwrite")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with RunFolder.open(tmp_path / "run", "new"):
+        pass  # the lock died with its holder
+
+
+def test_metrics_of_later_steps_and_a_torn_line_are_dropped_on_resume(tmp_path):
+    with RunFolder.open(tmp_path / "run", "new") as run:
+        for step in (1, 2, 3):
+            run.metrics.append({"step": step})
+        with run.metrics.path.open("a") as file:
+            file.write('{"step": 4')
+        run.metrics.truncate_after(2)
+        assert run.metrics.rows() == [{"step": 1}, {"step": 2}]
