@@ -1,4 +1,4 @@
-"""Write train.jsonl and heldout.jsonl beside this file: English dates, times and durations to ISO-8601 in JSON.
+"""Write train.jsonl and heldout.jsonl beside this file: English dates and durations to ISO-8601 in JSON.
 
     python recipes/quickstart/make_data.py
 
@@ -10,7 +10,7 @@ import json
 import random
 import re
 from collections.abc import Callable
-from datetime import date, datetime, time, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 
 
@@ -76,19 +76,6 @@ def date_phrase(rng: random.Random, day: date) -> str:
     ))  # fmt: skip
 
 
-def time_phrase(rng: random.Random, clock: time) -> str:
-    """Say a time of day on the 12-hour or the 24-hour clock."""
-    hour, minute = clock.hour, clock.minute
-    twelve, half = hour % 12 or 12, "pm" if hour >= 12 else "am"
-    forms = [f"{twelve}:{minute:02d} {half}", f"{twelve}:{minute:02d} {half.upper()}", f"{hour}:{minute:02d}"]
-    if minute == 0:
-        forms += [f"{twelve} {half}", f"{in_words(twelve)} {half}"]
-        forms += {0: ["midnight"] * 3, 12: ["noon"] * 3}.get(hour, [])
-    if minute in (15, 30):
-        forms.append(f"{'half' if minute == 30 else 'quarter'} past {in_words(twelve)} {half}")
-    return rng.choice(forms)
-
-
 def duration_phrase(rng: random.Random, parts: list[tuple[int, int]]) -> str:
     """Say a duration given as (unit index, count) pairs."""
     spelled = rng.random() < 0.6
@@ -119,34 +106,12 @@ def draw_day(rng: random.Random) -> date:
     return date(1980, 1, 1) + timedelta(days=rng.randrange((date(2040, 1, 1) - date(1980, 1, 1)).days))
 
 
-def draw_time(rng: random.Random) -> time:
-    """Draw a time of day, round ones more often."""
-    return time(rng.randrange(24), rng.choice((0, 15, 30, rng.randrange(60), rng.randrange(60))))
-
-
 def date_row(rng: random.Random) -> Row:
     """Draw a date with its phrase."""
     day = draw_day(rng)
     answer = day.isoformat()
     assert datetime.strptime(answer, "%Y-%m-%d").date() == day
     return date_phrase(rng, day), {"date": answer}
-
-
-def time_row(rng: random.Random) -> Row:
-    """Draw a time of day with its phrase."""
-    clock = draw_time(rng)
-    answer = clock.isoformat("minutes")
-    assert datetime.strptime(answer, "%H:%M").time() == clock
-    return time_phrase(rng, clock), {"time": answer}
-
-
-def datetime_row(rng: random.Random) -> Row:
-    """Draw a date and time with its phrase."""
-    day, clock = draw_day(rng), draw_time(rng)
-    answer = datetime.combine(day, clock).isoformat(timespec="minutes")
-    assert datetime.strptime(answer, "%Y-%m-%dT%H:%M") == datetime.combine(day, clock)
-    said, at = date_phrase(rng, day), time_phrase(rng, clock)
-    return rng.choice((f"{said} at {at}", f"{said}, {at}", f"{at} on {said}")), {"datetime": answer}
 
 
 def duration_row(rng: random.Random) -> Row:
@@ -158,8 +123,7 @@ def duration_row(rng: random.Random) -> Row:
     return duration_phrase(rng, parts), {"duration": answer}
 
 
-DRAWS: tuple[Callable[[random.Random], Row], ...] = (date_row, date_row, date_row, datetime_row, datetime_row,
-                                                     duration_row, duration_row, time_row)  # fmt: skip
+DRAWS: tuple[Callable[[random.Random], Row], ...] = (date_row, date_row, duration_row)
 
 
 def is_held_out(answer: str) -> bool:
