@@ -120,18 +120,26 @@ def _third_party(entry_points: Iterable[metadata.EntryPoint]) -> list[FoundBacke
         claims.setdefault(entry_point.name, []).append(entry_point)
     found = []
     for name, claimants in sorted(claims.items()):
-        packages = sorted({claim.dist.name if claim.dist else "unknown" for claim in claimants})
+        packages = sorted({_package(claim)[0] for claim in claimants})
         problem = None
         if name in BUILT_IN:
             problem = f"{', '.join(packages)} claims the name of a built-in backend"
         elif len(packages) > 1:
             problem = f"claimed by {' and '.join(packages)}; uninstall all but one"
-        first = claimants[0]
-        version = first.dist.version if first.dist else "?"
+        first = min(claimants, key=_package)
+        version = _package(first)[1]
         if name in BUILT_IN:
             name = f"{name} ({packages[0]})"  # a row of its own: a built-in can't be shadowed
         found.append(FoundBackend(name=name, package=packages[0], version=version, entry_point=first, problem=problem))
     return found
+
+
+def _package(entry_point: metadata.EntryPoint) -> tuple[str, str]:
+    """Name and version of the package of an entry point; a damaged installation may have lost either."""
+    if entry_point.dist is None:
+        return "unknown", "?"
+    found = entry_point.dist.metadata
+    return found["Name"] if "Name" in found else "unknown", found["Version"] if "Version" in found else "?"
 
 
 def _load(found: FoundBackend) -> BackendDescription:
@@ -139,7 +147,10 @@ def _load(found: FoundBackend) -> BackendDescription:
         raise BackendError(f'backend "{found.name}" can\'t be used: {found.problem}')
     try:
         description = found.entry_point.load()
-    except Exception as error:  # a plugin's import can raise anything; the person must learn which package it was
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # a plugin's import can raise anything; the person must learn which package it was
         raise BackendError(
             f'backend "{found.name}" of package {found.package} {found.version} can\'t be imported: '
             f"{type(error).__name__}: {error}. Reinstall or uninstall {found.package}"
@@ -153,6 +164,11 @@ def _load(found: FoundBackend) -> BackendDescription:
         raise BackendError(
             f'backend "{found.name}" of package {found.package} was written for version {description.api_version} of '
             f"the backend protocol, this quantune has version {API_VERSION}; update {found.package} or quantune"
+        )
+    if not attrs.has(description.options):
+        raise BackendError(
+            f'backend "{found.name}" of package {found.package}: expected its options to be an attrs class, '
+            f"found {description.options!r}"
         )
     return description
 

@@ -5,7 +5,8 @@ manifest.json   versions, hardware, hashes of base and data
 metrics.jsonl   one row a step and an evaluation
 checkpoints/    what the run resumes from
 adapter/        the result
-status.json     running, interrupted or finished
+status.json     running, interrupted or finished, and at which step
+.lock           which process uses the folder; its text also says that the folder is a run's
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator
@@ -22,14 +24,22 @@ from typing import Any, Literal
 
 import attrs
 
-from quantune.checkpoint.commit import write_file
+from quantune.checkpoint.commit import TEMPORARY, write_file_atomically
+from quantune.checkpoint.metrics_log import MetricsLog
 from quantune.checkpoint.store import CheckpointStore
 from quantune.errors import RunFolderError
 
+__all__ = ["MetricsLog", "Mode", "RunFolder", "State"]
+
 Mode = Literal["new", "resume", "overwrite"]
-FILES = ("recipe.toml", "manifest.json", "metrics.jsonl", "status.json")
-FOLDERS = ("checkpoints", "adapter")
+State = Literal["running", "interrupted", "finished"]
+STATES = ("running", "interrupted", "finished")
+STATUS = "status.json"
+FILES = ("recipe.toml", "manifest.json", "metrics.jsonl", STATUS)
+FOLDERS = ("checkpoints", "adapter", "adapter.replaced")
 LOCK = ".lock"
+HOLDER = re.compile(r"process \d+ on \S+")
+"""What a lock file says. Other programs have a `.lock` too, and a `manifest.json`, and even an `adapter/`."""
 
 
 @attrs.frozen
@@ -40,56 +50,78 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> CheckpointStore:
+        """What the run resumes from."""
         return CheckpointStore(self.path / "checkpoints")
 
     @property
     def adapter(self) -> Path:
+        """Where the result goes."""
         return self.path / "adapter"
 
     @property
     def metrics(self) -> MetricsLog:
+        """One row a step and an evaluation."""
         return MetricsLog(self.path / "metrics.jsonl")
 
     def write_recipe(self, text: str) -> None:
         """Write the resolved recipe."""
-        write_file(self.path / "recipe.toml", text)
+        write_file_atomically(self.path / "recipe.toml", text)
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Write what the run was made of."""
-        write_file(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        write_file_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
-    def write_status(self, state: Literal["running", "interrupted", "finished"], step: int) -> None:
+    def write_status(self, state: State, step: int) -> None:
         """Write where the run stands."""
-        write_file(self.path / "status.json", json.dumps({"state": state, "step": step}) + "\n")
+        write_file_atomically(self.path / STATUS, json.dumps({"state": state, "step": step}) + "\n")
 
-    def state(self) -> str | None:
-        """`running`, `interrupted` or `finished`; None for a folder that no run has written to."""
+    def state(self) -> State | None:
+        """Where the run stands; None for a folder that no run has got far enough in to say.
+
+        Raises:
+            RunFolderError: the status is there and can't be read.
+        """
         try:
-            return json.loads((self.path / "status.json").read_text(encoding="utf-8"))["state"]
-        except (FileNotFoundError, ValueError, KeyError):
+            state = json.loads((self.path / STATUS).read_text(encoding="utf-8"))["state"]
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
+        except OSError as error:
+            raise RunFolderError(f"{self.path / STATUS} can't be read: {error.strerror}") from error
+        return state if state in STATES else None
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path, mode: Mode) -> Iterator[RunFolder]:
-        """Hold the folder for the length of the context.
+        """Hold the folder for the length of the context; nothing is loaded before this is settled.
+
+        Args:
+            mode: `new` starts a run where none is, `resume` goes on with an unfinished one, `overwrite` removes what
+                quantune wrote there, and nothing else, and starts again.
 
         Raises:
-            RunFolderError: another process holds it, it can't be written to, or `mode` does not fit what is in it.
+            RunFolderError: another process holds it, it can't be written to, it is not a run's folder, or `mode` does
+                not fit what is in it.
         """
-        _refuse_foreign(path)
-        if mode == "resume" and not path.exists():
-            raise RunFolderError(f"there is nothing to resume: {path} does not exist. Leave out --resume to start")
         try:
+            _refuse_foreign(path)
+            if mode == "resume" and not _is_run_folder(path):
+                what = "is empty" if path.exists() else "does not exist"
+                raise RunFolderError(f"there is nothing to resume: {path} {what}. Leave out --resume to start")
             path.mkdir(parents=True, exist_ok=True)
-            lock = (path / LOCK).open("a+", encoding="utf-8")
+            _probe(path)
+            lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise RunFolderError(f"the run folder {path} can't be written to: {error.strerror}") from error
-        with lock:
+            raise RunFolderError(
+                f"the run folder {path} can't be written to: {error.strerror}. Choose another output.dir"
+            ) from error
+        try:
             _acquire(lock, path)
             folder = cls(path)
             folder._prepare(mode)
             yield folder
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough where a forked worker still has it open
+            os.close(lock)
 
     def _prepare(self, mode: Mode) -> None:
         state = self.state()
@@ -102,6 +134,7 @@ class RunFolder:
                 raise RunFolderError(
                     f"there is nothing to resume: {self.path} holds no checkpoint. Leave out --resume to start"
                 )
+            self._sweep()
         elif state == "finished":
             raise RunFolderError(
                 f"{self.path} holds a finished run; --overwrite starts it again, "
@@ -115,54 +148,70 @@ class RunFolder:
             self._clear()  # a run that died before its first checkpoint
 
     def _clear(self) -> None:
-        for name in FILES:
-            (self.path / name).unlink(missing_ok=True)
+        """Remove quantune's own files. The status goes last: until then the folder still says what it was."""
         for name in FOLDERS:
-            shutil.rmtree(self.path / name, ignore_errors=True)
+            _remove(self.path / name)
+        for name in FILES:
+            _remove(self.path / name)
+        self._sweep()
 
-
-@attrs.frozen
-class MetricsLog:
-    """One JSON object a line; each has a `step`."""
-
-    path: Path
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Add a row."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def rows(self) -> list[dict[str, Any]]:
-        """All rows; a last line that a dying process left half-written is no row."""
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-    def truncate_after(self, step: int) -> None:
-        """Drop the rows of later steps: the resumed run writes them again."""
-        kept = [row for row in self.rows() if row["step"] <= step]
-        write_file(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+    def _sweep(self) -> None:
+        """Remove the temporary files of a process that died while it wrote one of ours."""
+        for name in (*FILES, *FOLDERS):
+            for leftover in self.path.glob(f"{name}{TEMPORARY}*"):
+                _remove(leftover)
 
 
 def _refuse_foreign(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"expected a folder for the run, found a file: {path}")
-    if path.is_dir() and not any((path / name).exists() for name in (*FILES, LOCK)):
+    if path.is_dir() and not _is_run_folder(path):
         entries = sorted(entry.name for entry in path.iterdir())
-        if entries:
+        if entries and entries != [LOCK]:
             raise RunFolderError(
                 f"{path} is not a run folder, and not empty ({', '.join(entries[:3])}); choose another output.dir"
             )
 
 
-def _acquire(lock: Any, path: Path) -> None:
+def _is_run_folder(path: Path) -> bool:
+    """Whether quantune has been here: its lock or its status says so, names alone do not."""
+    try:
+        holder = (path / LOCK).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:  # none, or not for us to read: then the status has to say it
+        holder = ""
+    return HOLDER.fullmatch(holder) is not None or RunFolder(path).state() is not None
+
+
+def _probe(path: Path) -> None:
+    """Write a file and remove it, as the run will; permission bits say little, to root nothing."""
+    probe = path / f"{STATUS}{TEMPORARY}{os.getpid()}"
+    try:
+        probe.write_text("x", encoding="utf-8")
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder of ours, but nothing that a link leads to."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:  # left behind, a checkpoint of the old run would pass for one of the new
+        raise RunFolderError(f"{path} can't be removed: {error.strerror or error}") from error
+
+
+def _acquire(lock: int, path: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
+        holder = os.read(lock, 1024).decode("utf-8", errors="replace").strip() or "another process"
         raise RunFolderError(f"{path} is in use by {holder}; wait for it, or choose another output.dir") from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-    lock.flush()
+    except OSError as error:
+        raise RunFolderError(
+            f"{path} can't be locked: {error.strerror}. Choose an output.dir on a file system that has locks"
+        ) from error
+    text = f"process {os.getpid()} on {socket.gethostname()}".encode()
+    os.pwrite(lock, text, 0)
+    os.ftruncate(lock, len(text))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 from collections.abc import Sequence
+from typing import Protocol
 
 import attrs
 from transformers import PreTrainedTokenizerBase
@@ -21,13 +21,26 @@ class Counts:
     """What became of the rows."""
 
     rows: int = 0
+    """Rows read."""
     kept: int = 0
+    """Samples there are."""
     dropped_overlong: int = 0
+    """Dropped because of `max_length`."""
     truncated: int = 0
+    """Cut to `max_length`; kept unless no target was left."""
     zero_target: int = 0
     """Dropped because no token is a target."""
     tokens: int = 0
+    """Tokens of the samples."""
     target_tokens: int = 0
+    """Those of them that are targets."""
+
+
+class DataObserver(Protocol):
+    """The part of a run's observer that data is reported to."""
+
+    def warning(self, text: str) -> None:
+        """Something the person should know."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -35,7 +48,9 @@ class Dataset:
     """Tokenized samples."""
 
     samples: tuple[Sample, ...]
+    """At least one, in the order of the sources; each has at least one target."""
     counts: Counts
+    """What became of the rows."""
 
     def fingerprint(self) -> str:
         """sha256 over every sample's tokens and targets."""
@@ -53,33 +68,39 @@ def build(
     tokenizer: PreTrainedTokenizerBase,
     *,
     vocabulary_size: int | None = None,
+    observer: DataObserver | None = None,
 ) -> Dataset:
-    """Read, render and tokenize every source.
+    """Read, render and tokenize every source; one pass, in order.
 
     Args:
         vocabulary_size: rows of the embedding; a token beyond them is an error.
+        observer: is warned of a source that contributes nothing.
 
     Raises:
         DataError: a row is broken, a token has no embedding, or nothing is left to train on.
     """
-    counts, samples = Counts(), []
+    counts = Counts()
+    samples: list[Sample] = []
+    unused = []
     for source in sources:
-        before = counts.rows
+        before = counts.rows, len(samples)
         for row in read_rows(source):
             counts.rows += 1
-            example = read_example(row, source)
-            sample = tokenize(example, tokenizer, where=row.where, loss_on=source.loss_on)
+            sample = tokenize(read_example(row, source), tokenizer, where=row.where, loss_on=source.loss_on)
             fitted = _fit(sample, config, counts)
             if fitted is not None:
                 _check_vocabulary(fitted, tokenizer, vocabulary_size)
                 samples.append(fitted)
-        if counts.rows == before:
-            raise DataError(f"{describe(source)}: expected at least one row, found none")
+        if len(samples) == before[1]:
+            unused.append(f"{describe(source)}: none of its {counts.rows - before[0]} rows can be used")
     counts.kept = len(samples)
     counts.tokens = sum(len(sample.input_ids) for sample in samples)
     counts.target_tokens = sum(int(sample.is_target.sum()) for sample in samples)
     if not samples:
         raise DataError(_nothing_left(counts, config))
+    if observer is not None:
+        for warning in unused:
+            observer.warning(warning)
     return Dataset(samples=tuple(samples), counts=counts)
 
 
@@ -114,18 +135,22 @@ def _check_vocabulary(sample: Sample, tokenizer: PreTrainedTokenizerBase, vocabu
     token_id = int(sample.input_ids.max())
     raise DataError(
         f"{sample.where}: the token {tokenizer.convert_ids_to_tokens(token_id)!r} has the id {token_id}, beyond the "
-        f"model's embedding of {vocabulary_size} rows; the tokenizer does not belong to this base"
+        f"model's embedding of {vocabulary_size} rows; the tokenizer does not belong to "
+        "this base: name the right one in [model] tokenizer"
     )
 
 
 def _nothing_left(counts: Counts, config: DataConfig) -> str:
-    reasons = {
-        f"{counts.dropped_overlong} are longer than max_length = {config.max_length}": counts.dropped_overlong,
-        f"{counts.zero_target} have no target token"
-        + (f" ({counts.truncated} after truncation)" if counts.truncated else ""): counts.zero_target,
-    }
-    why = " and ".join(itertools.compress(reasons, reasons.values()))
-    return (
-        f"none of the {counts.rows} rows can be used: {why}. Raise [data] max_length, or check that the rows hold "
-        "assistant messages"
-    )
+    why = []
+    if counts.dropped_overlong:
+        why.append(f"{counts.dropped_overlong} are longer than max_length = {config.max_length}")
+    if counts.zero_target:
+        cut = f" ({counts.truncated} were cut to max_length = {config.max_length})" if counts.truncated else ""
+        why.append(f"{counts.zero_target} have no target token{cut}")
+    advice = []
+    if counts.dropped_overlong or counts.truncated:
+        advice.append("raise [data] max_length")
+    if counts.zero_target > counts.truncated:
+        advice.append('check that the rows hold assistant messages, or set loss_on = "all"')
+    reason = " and ".join(why) or "there are none"
+    return f"none of the {counts.rows} rows can be used: {reason}. What helps: {'; '.join(advice) or 'add a source'}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from quantune.data.sources import Row
+from quantune.data.sources import Row, kind
 from quantune.errors import DataError
 from quantune.recipe.schema import SourceConfig
 
@@ -17,15 +17,18 @@ ROLES = ("system", "user", "assistant", "tool")
 class Conversation:
     """Messages to be rendered with a chat template."""
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
+    """At least one, each with a `role`, a `content` that is text, and whatever else the row gives the template."""
 
 
 @attrs.frozen(kw_only=True)
 class PlainText:
-    """A prompt, which may be empty, and the text that follows it."""
+    """A prompt and the text that follows it."""
 
     prompt: str
+    """May be empty, then the response is all there is."""
     response: str
+    """What is learned."""
 
 
 def read_example(row: Row, source: SourceConfig) -> Conversation | PlainText:
@@ -43,9 +46,12 @@ def read_example(row: Row, source: SourceConfig) -> Conversation | PlainText:
         prompt = _text(row, source.prompt_column)
         return Conversation(messages=[{"role": "user", "content": prompt}, {"role": "assistant", "content": response}])
     try:
-        return PlainText(prompt=source.template.format_map(_Columns(row)), response=response)
-    except (ValueError, IndexError, AttributeError) as error:
-        raise DataError(f"{row.where}: the template can't be filled in, {error}") from error
+        prompt = source.template.format_map(_Columns(row))
+    except (ValueError, IndexError, AttributeError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{row.where}: the template can't be filled in, {error}; write a brace that is text twice, {{{{ or }}}}"
+        ) from error
+    return PlainText(prompt=_encodable(prompt, row.where), response=response)
 
 
 class _Columns(dict[str, Any]):
@@ -70,14 +76,25 @@ def _column(row: Row, name: str) -> Any:
 def _text(row: Row, name: str) -> str:
     value = _column(row, name)
     if not isinstance(value, str):
-        raise DataError(f'{row.where}: expected text in column "{name}", found {type(value).__name__}')
-    return value
+        raise DataError(f'{row.where}: expected text in column "{name}", found {kind(value)}')
+    return _encodable(value, row.where)
 
 
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
+def _encodable(text: str, where: str) -> str:
+    """The text itself, if it can be tokenized: JSON can spell half of a character, such as `\\ud83d`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: expected text, found half of a character, {text[error.start]!r} at position {error.start}"
+        ) from None
+    return text
+
+
+def _messages(value: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         raise DataError(
-            f"{where}: expected a list of messages, found {'an empty list' if value == [] else repr(value)}"
+            f"{where}: expected a list of messages, found {'an empty list' if value == [] else kind(value)}"
         )
     messages = []
     for index, message in enumerate(value):
@@ -88,7 +105,8 @@ def _messages(value: Any, where: str) -> list[dict[str, str]]:
                 f"{where}: expected the role of message {index} to be one of {', '.join(ROLES)}, "
                 f"found {message['role']!r}"
             )
-        messages.append({"role": message["role"], "content": _content(message["content"], where, index)})
+        more = {key: value for key, value in message.items() if value is not None}  # Parquet fills gaps with null
+        messages.append({**more, "content": _encodable(_content(message["content"], where, index), where)})
     return messages
 
 
@@ -99,4 +117,4 @@ def _content(content: Any, where: str, index: int) -> str:
         isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
     ):
         return "".join(part["text"] for part in content)
-    raise DataError(f"{where}: expected the content of message {index} to be text, found {type(content).__name__}")
+    raise DataError(f"{where}: expected the content of message {index} to be text, found {kind(content)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,34 @@ class Row:
     """One row of a source."""
 
     values: dict[str, Any]
+    """The row's columns."""
     where: str
-    """E.g. `train.jsonl:12`."""
+    """File and line, `train.jsonl:12`, or dataset and index from 0, `train.parquet[12]`."""
 
 
 def read_rows(source: SourceConfig) -> Iterator[Row]:
-    """The rows of a source, in its order, up to `source.limit`.
+    """The rows of a source, in its order, up to `source.limit`; what comes after the limit is not looked at.
 
     Raises:
-        DataError: the source can't be read, or a row is broken; the message names file and line.
+        DataError: the source can't be read, has no rows, or a row is broken; the message names file and line.
     """
-    return itertools.islice(_rows(source), source.limit)
+    empty = True
+    for row in itertools.islice(_rows(source), source.limit):
+        empty = False
+        yield row
+    if empty:
+        raise DataError(f"{describe(source)}: expected at least one row, found none")
 
 
 def describe(source: SourceConfig) -> str:
     """The source's name in messages."""
     return Path(source.path).name if source.path else str(source.dataset)
+
+
+def kind(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 def _rows(source: SourceConfig) -> Iterator[Row]:
@@ -50,53 +63,93 @@ def _rows(source: SourceConfig) -> Iterator[Row]:
     return reader(path)
 
 
-def _jsonl(path: Path) -> Iterator[Row]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            where = f"{path.name}:{number}"
-            text = _decode(line, where).strip()
-            if text:
-                yield Row(values=_object(text, where, path), where=where)
-
-
-def _object(text: str, where: str, path: Path) -> dict[str, Any]:
+def _lines(path: Path) -> Iterator[tuple[str, str]]:
+    """(place, text) of every line, line ends kept."""
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: expected one JSON object on the line, {error.msg} at column {error.colno}") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{where}: expected a JSON object, found {_kind(value)}")
-    return value
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                where = f"{path.name}:{number}"
+                yield where, _decode(line, where)
+    except OSError as error:
+        raise DataError(f"{path}: can't be read, {error.strerror}") from error
+
+
+def _decode(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: expected UTF-8 text, found the byte 0x{line[error.start]:02x}") from None
+
+
+def _jsonl(path: Path) -> Iterator[Row]:
+    for where, line in _lines(path):
+        text = line.strip()
+        if not text:
+            continue
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{where}: expected one JSON object on the line, {error.msg} at column {error.colno}"
+            ) from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits; nested too deep
+            raise DataError(f"{where}: expected one JSON object on the line, {error}") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{where}: expected a JSON object, found {kind(value)}")
+        yield Row(values=value, where=where)
 
 
 def _json(path: Path) -> Iterator[Row]:
-    text = _decode(path.read_bytes(), path.name)
+    text = "".join(line for _, line in _lines(path))
+    if not text.strip():
+        return
     try:
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         hint = "; a file with one object a line is named .jsonl" if error.msg == "Extra data" else ""
         raise DataError(f"{path.name}:{error.lineno}: not valid JSON, {error.msg}{hint}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path.name}: not valid JSON, {error}") from None
     if not isinstance(rows, list):
-        raise DataError(f"{path.name}: expected a list of objects, found {_kind(rows)}")
+        raise DataError(f"{path.name}: expected a list of objects, found {kind(rows)}")
     for index, row in enumerate(rows):
         where = f"{path.name}[{index}]"
         if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object, found {_kind(row)}")
+            raise DataError(f"{where}: expected an object, found {kind(row)}")
         yield Row(values=row, where=where)
 
 
 def _csv(path: Path) -> Iterator[Row]:
-    lines = _decode(path.read_bytes(), path.name).splitlines(keepends=True)
-    reader = csv.DictReader(lines, strict=True, restkey="", restval=None)
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    columns: list[str] = []
+    while True:
+        start = reader.line_num + 1
+        fields = _csv_fields(reader, path)
+        if fields is None:
+            return
+        if not fields:
+            continue  # a blank line
+        where = f"{path.name}:{start}"
+        if not columns:
+            columns = fields
+            if len(set(columns)) != len(columns):
+                twice = next(name for name in columns if columns.count(name) > 1)
+                raise DataError(f'{where}: expected a name of its own for every column, found "{twice}" twice')
+        elif len(fields) != len(columns):
+            raise DataError(f"{where}: expected {len(columns)} columns, found {len(fields)}")
+        else:
+            yield Row(values=dict(zip(columns, fields, strict=True)), where=where)
+
+
+def _csv_fields(reader: Any, path: Path) -> list[str] | None:
+    """The next record of a `csv.reader`, None at the end."""
+    previous = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses texts of 128 KiB
     try:
-        for row in reader:
-            where = f"{path.name}:{reader.line_num}"
-            if "" in row or None in row.values():
-                found = len([value for value in row.values() if value is not None])
-                raise DataError(f"{where}: expected {len(reader.fieldnames or ())} columns, found {found}")
-            yield Row(values=dict(row), where=where)
+        return next(reader, None)
     except csv.Error as error:
         raise DataError(f"{path.name}:{reader.line_num}: not valid CSV, {error}") from None
+    finally:
+        csv.field_size_limit(previous)
 
 
 def _parquet(path: Path) -> Iterator[Row]:
@@ -104,7 +157,8 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 
 def _hub(source: SourceConfig) -> Iterator[Row]:
-    assert source.dataset is not None
+    if source.dataset is None:
+        raise DataError("a source needs a path or a dataset, found neither")
     return _from_datasets(
         source.dataset, source.dataset, name=source.name, split=source.split, revision=source.revision
     )
@@ -119,20 +173,7 @@ def _from_datasets(label: str, *args: Any, **kwargs: Any) -> Iterator[Row]:
     try:
         loaded = datasets.load_dataset(*args, **kwargs)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{label}: can't be read, {str(error).splitlines()[0]}") from error
+        reason = next(iter(str(error.__cause__ or error).splitlines()), type(error).__name__)
+        raise DataError(f"{label}: can't be read, {reason}") from error
     for index, values in enumerate(loaded):
         yield Row(values=values, where=f"{label}[{index}]")
-
-
-def _decode(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n")
-        place = f"{where}:{line + 1}" if ":" not in where else where
-        raise DataError(f"{place}: expected UTF-8 text, found the byte 0x{data[error.start]:02x}") from None
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
-    return names.get(type(value), "null")

@@ -1,4 +1,7 @@
-"""Checks of single values, as attrs validators that raise ValueError with a sentence."""
+"""Checks of single values, as attrs validators that raise ValueError with a sentence.
+
+A boolean is no number, and NaN is in no range.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,15 @@ Validator = Callable[[Any, Any, Any], None]
 
 
 def positive(instance: Any, attribute: Any, value: Any) -> None:
-    """The value must be a number greater than 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"must be greater than 0, found {value}")
+    """The value must be a number greater than 0; `inf` is one."""
+    if not _is_number(value) or not value > 0:
+        raise ValueError(f"must be greater than 0, found {_shown(value)}")
 
 
 def finite(instance: Any, attribute: Any, value: Any) -> None:
     """The value must not be infinite or NaN."""
-    if not math.isfinite(value):
-        raise ValueError(f"must be finite, found {value}")
+    if not _is_number(value) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"must be finite, found {_shown(value)}")
 
 
 def positive_or_auto(instance: Any, attribute: Any, value: Any) -> None:
@@ -31,8 +34,8 @@ def at_least(minimum: float) -> Validator:
     """The value must be a number, `minimum` or greater."""
 
     def check(instance: Any, attribute: Any, value: Any) -> None:
-        if math.isnan(value) or value < minimum:
-            raise ValueError(f"must be at least {minimum:g}, found {value}")
+        if not _is_number(value) or not value >= minimum:
+            raise ValueError(f"must be at least {minimum:g}, found {_shown(value)}")
 
     return check
 
@@ -41,10 +44,10 @@ def between(low: float, high: float, *, right_open: bool = False) -> Validator:
     """The value must be a number from `low` to `high`; with `right_open` less than `high`."""
 
     def check(instance: Any, attribute: Any, value: Any) -> None:
-        inside = low <= value < high if right_open else low <= value <= high
+        inside = _is_number(value) and (low <= value < high if right_open else low <= value <= high)
         if not inside:
             upper = f"less than {high:g}" if right_open else f"at most {high:g}"
-            raise ValueError(f"must be at least {low:g} and {upper}, found {value}")
+            raise ValueError(f"must be at least {low:g} and {upper}, found {_shown(value)}")
 
     return check
 
@@ -60,3 +63,11 @@ def patterns(instance: Any, attribute: Any, value: Any) -> None:
     names = (value,) if isinstance(value, str) else value
     if any(not name.strip() for name in names):
         raise ValueError("must not hold an empty name")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

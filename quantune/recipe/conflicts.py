@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import string
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import PurePath
+from typing import Any
 
 import attrs
 
-from quantune.recipe.schema import Recipe, SourceConfig
+from quantune.recipe.schema import DataConfig, EvaluationConfig, ModelConfig, Recipe, SourceConfig, TrainingConfig
 from quantune.recipe.structure import Finding
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
@@ -21,11 +23,19 @@ COLUMNS_OF = {
 
 def check(recipe: Recipe) -> list[Finding]:
     """Every contradiction in the recipe, whatever the order of its keys."""
-    return [*_training(recipe), *_evaluation(recipe), *_sources(recipe), *_model(recipe)]
+    return check_sections({field.name: getattr(recipe, field.name) for field in attrs.fields(Recipe)})
 
 
-def _training(recipe: Recipe) -> Iterable[Finding]:
-    training = recipe.training
+def check_sections(sections: Mapping[str, Any]) -> list[Finding]:
+    """Every contradiction among the sections given; a rule that reads a section which is not given is left out."""
+    findings: list[Finding] = []
+    for names, rule in _RULES:
+        if all(name in sections for name in names):
+            findings += rule(*(sections[name] for name in names))
+    return findings
+
+
+def _training(training: TrainingConfig) -> Iterable[Finding]:
     if training.max_steps is not None and training.epochs is not None:
         message = "epochs and max_steps both set the length of the run"
         yield Finding(code="QT020", path=("training", "epochs"), message=message, hint="remove one of them")
@@ -39,24 +49,30 @@ def _training(recipe: Recipe) -> Iterable[Finding]:
             message=f"a warm-up of {training.warmup_steps} steps does not end within max_steps = {training.max_steps}",
         )
     if isinstance(training.micro_batch_size, int) and training.batch_size % training.micro_batch_size:
-        divisors = [n for n in range(1, training.batch_size + 1) if training.batch_size % n == 0]
         yield Finding(
             code="QT020",
             path=("training", "micro_batch_size"),
             message=f"micro_batch_size = {training.micro_batch_size} does not divide batch_size = "
             f"{training.batch_size}",
-            hint=f"one of {', '.join(map(str, divisors))} does",
+            hint=_divisors_in_words(training.batch_size),
         )
 
 
-def _evaluation(recipe: Recipe) -> Iterable[Finding]:
-    evaluation = recipe.evaluation
-    if not recipe.data.eval:
+def _divisors_in_words(number: int, shown: int = 12) -> str:
+    small = [n for n in range(1, min(math.isqrt(number), 100_000) + 1) if number % n == 0]
+    divisors = sorted({*small, *(number // n for n in small)})
+    if len(divisors) <= shown:
+        return f"one of {', '.join(map(str, divisors))} does"
+    return f"one of {', '.join(map(str, divisors[:shown]))} or a larger divisor does"
+
+
+def _evaluation(evaluation: EvaluationConfig, data: DataConfig) -> Iterable[Finding]:
+    if not data.eval:
         for key in ("at_start", "every_steps", "exact_match"):
             if getattr(evaluation, key):
                 message = f"{key} asks for an evaluation, and there is nothing to evaluate on"
                 yield Finding(code="QT022", path=("evaluation", key), message=message, hint="add [[data.eval]]")
-    elif evaluation.exact_match and all(source.format == "completion" for source in recipe.data.eval):
+    elif evaluation.exact_match and all(source.format == "completion" for source in data.eval):
         yield Finding(
             code="QT022",
             path=("evaluation", "exact_match"),
@@ -65,9 +81,9 @@ def _evaluation(recipe: Recipe) -> Iterable[Finding]:
         )
 
 
-def _sources(recipe: Recipe) -> Iterable[Finding]:
+def _sources(data: DataConfig) -> Iterable[Finding]:
     for part in ("train", "eval"):
-        for index, source in enumerate(getattr(recipe.data, part)):
+        for index, source in enumerate(getattr(data, part)):
             for key, code, message, hint in _source(source):
                 yield Finding(code=code, path=("data", part, index, key), message=message, hint=hint)
 
@@ -96,17 +112,28 @@ def _source(source: SourceConfig) -> Iterable[tuple[str, str, str, str | None]]:
 
 def _template_problem(template: str) -> str | None:
     try:
-        columns = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        fields = [part for part in string.Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         return f"is no template: {error}"
-    if not columns or not all(column.isidentifier() for column in columns):
+    if not fields or not all((column or "").isidentifier() for _, column, _, _ in fields):
         return "expected at least one column in braces, and nothing else in braces"
+    for _, column, spec, conversion in fields:
+        if conversion not in (None, "r", "s", "a") or "{" in (spec or ""):
+            return f'the column "{column}" is formatted in a way that does not exist'
     return None
 
 
-def _model(recipe: Recipe) -> Iterable[Finding]:
-    if recipe.model.base.startswith("builtin:"):
+def _model(model: ModelConfig) -> Iterable[Finding]:
+    if model.base.startswith("builtin:"):
         for key in ("trust_remote_code", "revision"):
-            if getattr(recipe.model, key):
+            if getattr(model, key):
                 message = f"{key} has no meaning for a built-in model"
                 yield Finding(code="QT021", path=("model", key), message=message)
+
+
+_RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
+    (("training",), _training),
+    (("evaluation", "data"), _evaluation),
+    (("data",), _sources),
+    (("model",), _model),
+)

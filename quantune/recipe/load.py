@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import attrs
 import tomli
 
 from quantune.errors import BackendError, Problem, RecipeError
 from quantune.recipe import conflicts, positions
+from quantune.recipe.overrides import apply_override, parse_path
 from quantune.recipe.schema import QuantizationConfig, Recipe
 from quantune.recipe.structure import Finding, structure
 
@@ -29,6 +29,12 @@ class LoadedRecipe:
     text: str
     origins: dict[positions.Path, str] = attrs.field(factory=dict)
     """What `--set` set, by key path."""
+
+    def problem(self, code: str, where: str, message: str, hint: str | None = None) -> Problem:
+        """One problem at `where` (`data.train[0].path`), with its position."""
+        path = parse_path(where) or (where,)
+        finding = Finding(code=code, path=path, message=message, hint=hint)
+        return _locate(finding, self.text, self.path, self.origins)
 
     def error(self, findings: Iterable[Finding]) -> RecipeError:
         """The findings as one error with positions."""
@@ -51,17 +57,17 @@ def load_recipe(path: Path, *, options_of: OptionsOf, overrides: Sequence[str] =
         document = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
         raise RecipeError([_toml_problem(error, text, path)]) from error
-    except RecursionError:  # tomli's answer to arrays or inline tables nested hundreds deep
-        message = "not valid TOML: arrays or tables are nested too deeply"
-        raise RecipeError([Problem(code="QT002", where="recipe", message=message, origin=str(path))]) from None
+    except (ValueError, RecursionError) as error:  # tomli's answer to thousands of digits and to nesting hundreds deep
+        reason = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
+        problem = Problem(code="QT002", where="recipe", message=f"not usable TOML: {reason}", origin=str(path))
+        raise RecipeError([problem]) from None
     findings: list[Finding] = []
     origins: dict[positions.Path, str] = {}
     for override in overrides:
-        findings += _override(document, override, origins)
+        findings += apply_override(document, override, origins)
     recipe, found = structure_recipe(document, options_of)
     findings += found
-    if recipe is not None and not findings:
-        findings += conflicts.check(recipe)
+    findings += conflicts.check_sections(_sound_sections(document, findings))
     if findings or recipe is None:
         raise _error(findings, text, path, origins)
     return LoadedRecipe(recipe=recipe, path=path, text=text, origins=origins)
@@ -82,6 +88,16 @@ def structure_recipe(document: dict[str, Any], options_of: OptionsOf) -> tuple[R
         return None, findings
     assert recipe.quantization is not None
     return attrs.evolve(recipe, quantization=attrs.evolve(recipe.quantization, options=options)), findings
+
+
+def _sound_sections(document: dict[str, Any], findings: Sequence[Finding]) -> dict[str, Any]:
+    """The sections nothing was found in, so that a mistake in one hides no contradiction in the others."""
+    unsound = {"quantization", *(finding.path[0] for finding in findings)}
+    sections = {}
+    for name, cls in get_type_hints(Recipe).items():
+        if name not in unsound:
+            sections[name], _ = structure(cls, document.get(name, {}))
+    return sections
 
 
 def _structure_options(table: dict[str, Any], own: list[str], options_of: OptionsOf) -> tuple[Any, list[Finding]]:
@@ -136,41 +152,6 @@ def _toml_problem(error: tomli.TOMLDecodeError, text: str, path: Path) -> Proble
     )
 
 
-def _override(document: dict[str, Any], override: str, origins: dict[positions.Path, str]) -> list[Finding]:
-    """Apply `a.b[0].c=value` to the document in place."""
-    origin = f"--set {override}"
-    name, equals, value = override.partition("=")
-    parts = [part for part in re.split(r"[.\[\]]+", name.strip()) if part]
-    if not equals or len(parts) < 2:
-        message = f'expected section.key=value, found "{override}"'
-        return [Finding(code="QT003", path=("--set",), message=message, origin=origin)]
-    path = tuple(int(part) if part.isdigit() else part for part in parts)
-    node: Any = document
-    for part, following in zip(path, path[1:], strict=False):
-        if isinstance(node, list) and isinstance(part, int) and part < len(node):
-            node = node[part]
-        elif isinstance(node, dict) and isinstance(part, str) and (part in node or isinstance(following, str)):
-            node = node.setdefault(part, {})
-        else:
-            node = None
-    if isinstance(node, list) and isinstance(path[-1], int) and path[-1] < len(node):
-        node[path[-1]] = _toml_value(value)
-    elif isinstance(node, dict) and isinstance(path[-1], str):
-        node[path[-1]] = _toml_value(value)
-    else:
-        message = f'"{name.strip()}" is no place in this recipe'
-        return [Finding(code="QT003", path=path, message=message, origin=origin)]
-    origins[path] = origin
-    return []
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        return tomli.loads(f"value = {text}")["value"]
-    except tomli.TOMLDecodeError:
-        return text.strip()
-
-
 def _error(findings: Iterable[Finding], text: str, path: Path, origins: dict[positions.Path, str]) -> RecipeError:
     problems = [_locate(finding, text, path, origins) for finding in findings]
     return RecipeError(sorted(problems, key=lambda problem: (problem.line or 0, problem.column or 0, problem.where)))
@@ -194,6 +175,8 @@ def _locate(finding: Finding, text: str, path: Path, origins: dict[positions.Pat
         if position is not None:
             break
     if position is None:
-        return Problem(**known, origin=str(path))
+        # a section that only an override made, or nothing that anything set
+        made = (origin for set_path, origin in origins.items() if set_path[: len(finding.path)] == finding.path)
+        return Problem(**known, origin=next(made, str(path)))
     line, column = position
     return Problem(**known, origin=str(path), line=line, column=column, source_line=positions.lines_of(text)[line - 1])

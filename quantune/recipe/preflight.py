@@ -10,6 +10,10 @@ from quantune.recipe.schema import Recipe
 from quantune.recipe.structure import Finding
 
 BUILT_IN_MODELS = ("builtin:mini",)
+CONVERT_PICKLES = (
+    "a pickle can run code when it is opened; if you trust it, convert it once with transformers: "
+    "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new) writes safetensors"
+)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -19,7 +23,14 @@ def check_files(loaded: LoadedRecipe, recipe: Recipe) -> None:
     Raises:
         RecipeError: files are missing, empty or not what they should be.
     """
-    findings = [*_base(recipe), *_tokenizer(recipe), *_chat_template(recipe), *_data(recipe)]
+    findings: list[Finding] = []
+    for key, rule in (("base", _base), ("tokenizer", _tokenizer), ("chat_template", _chat_template)):
+        try:
+            findings += rule(recipe)
+        except OSError as error:  # no permission, a name too long, a disk that fails
+            message = f"{getattr(recipe.model, key)} can't be read: {error.strerror}"
+            findings.append(Finding(code="QT030", path=("model", key), message=message))
+    findings += _data(recipe)
     if findings:
         raise loaded.error(findings)
 
@@ -49,7 +60,7 @@ def _base(recipe: Recipe) -> Iterable[Finding]:
     elif not any(folder.glob("*.safetensors")):
         pickled = any(next(folder.glob(pattern), None) for pattern in PICKLES)
         found = "only pickled weights" if pickled else "no weights"
-        hint = "load it once in transformers and write it with save_pretrained(folder)" if pickled else None
+        hint = CONVERT_PICKLES if pickled else None
         yield finding(f"expected weights in *.safetensors in {base}, found {found}", hint)
 
 
@@ -68,14 +79,26 @@ def _chat_template(recipe: Recipe) -> Iterable[Finding]:
 def _data(recipe: Recipe) -> Iterable[Finding]:
     for part in ("train", "eval"):
         for index, source in enumerate(getattr(recipe.data, part)):
-            if source.path is None:
-                continue
-            path, problem = Path(source.path), None
-            if path.is_dir():
-                problem = f"expected a data file, found a folder: {path}"
-            elif not path.is_file():
-                problem = f"there is no file {path}"
-            elif path.stat().st_size == 0:
-                problem = f"the file is empty: {path}"
+            problem = None if source.path is None else _data_problem(Path(source.path))
             if problem:
                 yield Finding(code="QT030", path=("data", part, index, "path"), message=problem)
+
+
+def _data_problem(path: Path) -> str | None:
+    try:
+        if path.is_dir():
+            return f"expected a data file, found a folder: {path}"
+        if not path.exists():
+            return f"there is no file {path}"
+        return f"the file is empty: {path}" if _is_blank(path) else None
+    except OSError as error:
+        return f"the file can't be read: {path} ({error.strerror})"
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether a file holds nothing but whitespace."""
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 16):
+            if chunk.strip():
+                return False
+    return True

@@ -12,6 +12,7 @@ import inspect
 import json
 import textwrap
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import attrs
@@ -27,15 +28,24 @@ recipe's folder, the run folder is relative to the current directory. `--set sec
 command line, the value written as in TOML (`--set training.max_steps=50`, `--set 'adapter.targets=["q_proj"]'`,
 `--set data.train[0].limit=100`).
 
+All problems of a recipe are reported at once, each with its place, what was expected and found, and a stable code; the
+exit code is then 2:
+
+    recipe.toml:14:1 [adapter.alpa] unknown key "alpa"  QT012
+      did you mean "alpha"?
+
 This page is generated from the docstrings in `quantune/recipe/schema.py`.
 """
 
 
 def field_docs(cls: type) -> dict[str, str]:
     """The string under each field of an attrs class, on one line."""
+    docs: dict[str, str] = {}
+    for base in cls.__mro__[1:]:
+        if attrs.has(base):
+            docs = {**field_docs(base), **docs}
     (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
     assert isinstance(tree, ast.ClassDef)
-    docs = {}
     for field, text in zip(tree.body, tree.body[1:], strict=False):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
             if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
@@ -43,8 +53,8 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def render(backends: Mapping[str, type]) -> str:
-    """The whole page; `backends` maps names to options classes."""
+def render(extra: Mapping[str, type] = MappingProxyType({})) -> str:
+    """The whole page; `extra` maps names of backends to their options classes."""
     parts = [INTRODUCTION]
     hints = get_type_hints(Recipe)
     for field in attrs.fields(Recipe):
@@ -54,7 +64,7 @@ def render(backends: Mapping[str, type]) -> str:
         if field.name == "data":
             parts.append(_section("[[data.train]] and [[data.eval]]", SourceConfig))
         if field.name == "quantization":
-            parts += [_section(f'[quantization] with backend = "{name}"', cls) for name, cls in backends.items()]
+            parts += [_section(f'[quantization] with backend = "{name}"', cls) for name, cls in extra.items()]
     return "\n".join(parts)
 
 
@@ -71,7 +81,7 @@ def _section(title: str, cls: type) -> str:
     for field in attrs.fields(cls):
         if field.name == "options" or attrs.has(_member(hints[field.name])):
             continue
-        meaning = docs[field.name].replace("|", "\\|")
+        meaning = docs.get(field.name, "").replace("|", "\\|")
         lines.append(f"| `{field.name}` | {_type(hints[field.name])} | {_default(field)} | {meaning} |")
     return "\n".join(lines) + "\n"
 
@@ -83,9 +93,11 @@ def _member(annotation: Any) -> Any:
 def _default(field: Any) -> str:
     if field.default is attrs.NOTHING:
         return "required"
-    if field.default is None:
+    factory = isinstance(field.default, attrs.Factory)  # type: ignore[arg-type]  # a class at run time
+    value = field.default.factory() if factory and not field.default.takes_self else field.default
+    if value is None or isinstance(value, attrs.Factory):  # type: ignore[arg-type]
         return ""
-    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    value = list(value) if isinstance(value, tuple) else value
     return f"`{json.dumps(value)}`"
 
 
@@ -94,8 +106,8 @@ def _type(annotation: Any) -> str:
     if annotation in names:
         return names[annotation]
     if get_origin(annotation) is Literal:
-        return " or ".join(f'`"{value}"`' for value in get_args(annotation))
-    if get_origin(annotation) is tuple:
+        return " or ".join(f"`{json.dumps(value)}`" for value in get_args(annotation))
+    if get_origin(annotation) in (tuple, list):
         return f"list of {_type(get_args(annotation)[0])}s"
     if _is_union(annotation):
         return " or ".join(_type(member) for member in get_args(annotation) if member is not type(None))

@@ -26,7 +26,7 @@ def with_absolute_paths(recipe: Recipe, recipe_path: Path) -> Recipe:
         if name is None or name.startswith("builtin:"):
             return name
         expanded = os.path.expanduser(name)
-        local = name.startswith((".", "/", "~")) or (folder / expanded).is_dir()
+        local = name.startswith((".", "/", "~")) or os.path.isdir(folder / expanded)
         return absolute(name) if local else name
 
     def sources(part: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import types
 from collections.abc import Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -13,6 +14,7 @@ from cattrs.errors import (
     AttributeValidationNote,
     BaseValidationError,
     ForbiddenExtraKeysError,
+    IterableValidationError,
     IterableValidationNote,
 )
 from cattrs.gen import make_dict_structure_fn, override
@@ -98,7 +100,7 @@ def _unknown(key: str, path: Path, cls: type, of: str, more: Sequence[str]) -> F
     code, noun = ("QT012", "key") if path else ("QT011", "section")
     listing = ", ".join(sorted(known))
     hint = f'did you mean "{close[0]}"?' if close else f"there are: {listing}"
-    return Finding(code=code, path=(*path, key), message=f'unknown {noun} "{key}"{of}', hint=hint)
+    return Finding(code=code, path=(*path, key), message=f"unknown {noun} {_quoted(key)}{of}", hint=hint)
 
 
 def _dotted(path: Path) -> str:
@@ -111,13 +113,32 @@ def _describe(value: Any) -> str:
     if isinstance(value, bool):
         return f"{str(value).lower()} ({kind})"
     if isinstance(value, str):
-        return f'"{value}" ({kind})'
+        return f"{_quoted(value)} ({kind})"
     return kind if isinstance(value, dict | list) else f"{value} ({kind})"
+
+
+def _quoted(text: str, longest: int = 80) -> str:
+    """The text in quotes, on one line and without control characters."""
+    return json.dumps(text if len(text) <= longest else f"{text[:longest]}...", ensure_ascii=False)
+
+
+def _whole(value: int) -> int:
+    """TOML's whole numbers have 64 bits; a larger one would only fail later, in torch."""
+    if not -(2**63) <= value < 2**63:
+        raise ValueError("must fit into 64 bits")
+    return value
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError("is too large for a number") from None
 
 
 def _scalar(accepted: tuple[type, ...], name: str, convert: Any = None) -> Any:
     def hook(value: Any, _: Any) -> Any:
-        if isinstance(value, bool) and bool not in accepted or not isinstance(value, accepted):
+        if (isinstance(value, bool) and bool not in accepted) or not isinstance(value, accepted):
             raise WrongType(f"expected {name}, found {_describe(value)}")
         return convert(value) if convert else value
 
@@ -130,10 +151,11 @@ def _expected(annotation: Any) -> str:
     if annotation in words:
         return words[annotation]
     if get_origin(annotation) is Literal:
-        values = [f'"{value}"' for value in get_args(annotation)]
+        values = [json.dumps(value) for value in get_args(annotation)]
         return values[0] if len(values) == 1 else f"one of {', '.join(values)}"
-    if get_origin(annotation) is tuple:
-        return "a list of strings" if get_args(annotation)[0] is str else "a list of tables"
+    if get_origin(annotation) in (tuple, list):
+        members = {str: "strings", int: "whole numbers", float: "numbers", bool: "booleans"}
+        return f"a list of {members.get(get_args(annotation)[0], 'tables')}"
     if _is_union(annotation):
         return " or ".join(_expected(member) for member in get_args(annotation) if member is not type(None))
     return "a table"
@@ -149,21 +171,27 @@ def _structure_union(value: Any, annotation: Any) -> Any:
         if member is type(None):
             continue
         origin = get_origin(member)
-        if origin is Literal and value in get_args(member):
+        if origin is Literal and _is_among(value, get_args(member)):
             return value
-        if (origin is tuple and isinstance(value, list)) or (attrs.has(member) and isinstance(value, dict)):
+        if (origin in (tuple, list) and isinstance(value, list)) or (attrs.has(member) and isinstance(value, dict)):
             return _CONVERTER.structure(value, member)
         if member in (int, float, str, bool) and not (isinstance(value, bool) and member is not bool):
             if isinstance(value, member) or (member is float and isinstance(value, int)):
-                return member(value)
+                return _CONVERTER.structure(value, member)
     raise WrongType(f"expected {_expected(annotation)}, found {_describe(value)}")
+
+
+def _is_among(value: Any, allowed: Sequence[Any]) -> bool:
+    """Whether the value is one of a Literal's, in kind too: `true` is not 1."""
+    return any(type(value) is type(one) and value == one for one in allowed)
 
 
 def _structure_literal(value: Any, annotation: Any) -> Any:
     allowed = get_args(annotation)
-    if isinstance(value, str) and value in allowed:
+    if _is_among(value, allowed):
         return value
-    close = difflib.get_close_matches(value, allowed, n=1) if isinstance(value, str) else []
+    names = [one for one in allowed if isinstance(one, str)]
+    close = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
     suggestion = f' (did you mean "{close[0]}"?)' if close else ""
     raise WrongType(f"expected {_expected(annotation)}, found {_describe(value)}{suggestion}")
 
@@ -193,26 +221,41 @@ def _checked(field: Any) -> Any:
     return hook
 
 
-def _tuple_hook(annotation: Any) -> Any:
-    (member, _) = get_args(annotation)
+def _list_hook(annotation: Any) -> Any:
+    member, container = get_args(annotation)[0], get_origin(annotation)
 
     def hook(value: Any, _: Any) -> Any:
         if not isinstance(value, list):
             raise WrongType(f"expected {_expected(annotation)}, found {_describe(value)}")
-        return tuple(_CONVERTER.structure(value, list[member]))  # type: ignore[valid-type]
+        return container(_each(value, member))
 
     return hook
 
 
+def _each(values: list[Any], member: Any) -> list[Any]:
+    """Structure every value of a list, and say of all that fail at which index they stand."""
+    structured, errors = [], []
+    for index, value in enumerate(values):
+        try:
+            structured.append(_CONVERTER.structure(value, member))
+        except (ValueError, BaseValidationError) as error:
+            note = IterableValidationNote(f"element {index}", index, member)
+            error.__notes__ = [*getattr(error, "__notes__", ()), note]
+            errors.append(error)
+    if errors:
+        raise IterableValidationError("elements can't be used", errors, list)
+    return structured
+
+
 def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
-    converter.register_structure_hook(int, _scalar((int,), "a whole number"))
-    converter.register_structure_hook(float, _scalar((int, float), "a number", float))
+    converter.register_structure_hook(int, _scalar((int,), "a whole number", _whole))
+    converter.register_structure_hook(float, _scalar((int, float), "a number", _float))
     converter.register_structure_hook(str, _scalar((str,), "a string"))
     converter.register_structure_hook(bool, _scalar((bool,), "true or false"))
     converter.register_structure_hook_func(_is_union, _structure_union)
     converter.register_structure_hook_func(lambda t: get_origin(t) is Literal, _structure_literal)
-    converter.register_structure_hook_factory(lambda t: get_origin(t) is tuple, _tuple_hook)
+    converter.register_structure_hook_factory(lambda t: get_origin(t) in (tuple, list), _list_hook)
     converter.register_structure_hook_factory(attrs.has, _class_hook)
     return converter
 

@@ -10,17 +10,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from quantune.checkpoint.commit import verify, write_committed, write_file
+from quantune.checkpoint.commit import verify, write_committed, write_file_atomically
 from quantune.checkpoint.store import CheckpointStore
 from quantune.errors import CheckpointError
 
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
+NAMES = ("a.bin", "b.bin", "c.bin")
 
 
 def content(tag):
     def write(folder: Path) -> None:
-        for name in ("a.bin", "b.bin"):
+        for name in NAMES:
             (folder / name).write_bytes(tag.encode() * 1000)
 
     return write
@@ -70,7 +73,7 @@ def broken_after_a_crash(folder, save):
             break
         latest = store.latest_verified(lambda _: None)
         expected = {"step-00000001": b"old" * 1000, "step-00000002": b"new" * 1000}
-        files = [] if latest is None else [latest / "a.bin", latest / "b.bin"]
+        files = [] if latest is None else [latest / name for name in NAMES]
         if not files or any(not f.exists() or f.read_bytes() != expected[latest.name] for f in files):
             broken.append(number)
     assert number > 4, "the fault did not fire"
@@ -81,15 +84,59 @@ def test_killed_at_any_event_of_a_save_the_old_or_the_new_checkpoint_is_whole(tm
     assert broken_after_a_crash(tmp_path / "store", save_well) == []
 
 
+def test_killed_at_any_event_of_replacing_the_only_checkpoint_one_of_the_two_is_whole(tmp_path):
+    number, found = 0, set()
+    while True:
+        number += 1
+        shutil.rmtree(tmp_path / "store", ignore_errors=True)
+        store = CheckpointStore(tmp_path / "store")
+        store.save(1, content("old"))
+        killed = kill_at(number, lambda store=store: save_well(store, 1, "new"))
+        latest = store.latest_verified(pytest.fail)
+        assert latest is not None, f"killed at event {number}"
+        found.add(tag := (latest / "a.bin").read_bytes()[:3])
+        assert [(latest / name).read_bytes() for name in NAMES] == [tag * 1000] * len(NAMES)
+        store.prune(2)
+        assert store.latest_verified(pytest.fail), f"pruned after event {number}"
+        if not killed:
+            break
+    assert number > 10, "the fault did not fire"
+    assert found == {b"old", b"new"} and tag == b"new"
+
+
 def test_the_same_harness_catches_a_naive_writer(tmp_path):
     assert broken_after_a_crash(tmp_path / "store", save_naively)
+
+
+def test_killed_at_any_event_of_pruning_two_whole_checkpoints_stay(tmp_path):
+    number = 0
+    while True:
+        number += 1
+        shutil.rmtree(tmp_path / "store", ignore_errors=True)
+        store = CheckpointStore(tmp_path / "store")
+        for step in (1, 2, 3):
+            store.save(step, content("x"))
+        killed = kill_at(number, lambda store=store: store.prune(2))
+        assert store.latest_verified(pytest.fail) == store.path(3)
+        verify(store.path(2))
+        if not killed:
+            break
+    assert number > 4, "the fault did not fire"
+    assert store.steps() == [2, 3]
 
 
 def test_leftovers_of_a_dead_save_are_ignored_and_pruned(tmp_path):
     store = CheckpointStore(tmp_path / "store")
     save_well(store, 1, "x")
-    kill_at(3, lambda: save_well(store, 2, "y"))
-    assert any(".tmp-" in path.name for path in store.folder.iterdir())
+
+    def left_over():
+        return [path for path in store.folder.iterdir() if ".tmp-" in path.name]
+
+    for number in range(1, 10):
+        assert kill_at(number, lambda: save_well(store, 2, "y"))
+        if left_over():
+            break
+    assert left_over()
     assert store.steps() == [1]
     store.prune(2)
     assert [path.name for path in store.folder.iterdir()] == ["step-00000001"]
@@ -106,6 +153,13 @@ DAMAGES = {
     "a.bin has 10 bytes, expected 1000": lambda folder: (folder / "a.bin").write_bytes(b"x" * 10),
     "a.bin is missing": lambda folder: (folder / "a.bin").unlink(),
     "has no manifest.json": lambda folder: (folder / "manifest.json").unlink(),
+    "manifest.json can't be read": lambda folder: (
+        (folder / "manifest.json").unlink(),
+        (folder / "manifest.json").mkdir(),
+    ),
+    "can't be read": lambda folder: (folder / "manifest.json").write_text(
+        r'{"files": {"a\u0000": {"size": 0, "sha256": ""}}}'
+    ),
     "manifest.json is damaged": lambda folder: (folder / "manifest.json").write_text("{"),
     "names a file outside the folder": lambda folder: (folder / "manifest.json").write_text(
         '{"files": {"../x": {"size": 0, "sha256": ""}}}'
@@ -124,6 +178,55 @@ def test_damage_is_named_and_the_checkpoint_before_it_is_taken(tmp_path, message
     heard = []
     assert store.latest_verified(heard.append) == store.path(5)
     assert message in heard[0] and "falling back" in heard[0]
+
+
+@pytest.mark.parametrize(
+    "manifest", ["", "[]", "{}", '{"files": []}', '{"files": {"a.bin": 3}}', '{"files": {"a": {}}}']
+)
+def test_a_manifest_that_is_none_is_said_to_be_damaged(tmp_path, manifest):
+    (tmp_path / "manifest.json").write_text(manifest)
+    with pytest.raises(CheckpointError, match="manifest.json is damaged"):
+        verify(tmp_path)
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found_or_harmless(tmp_path):
+    folder = write_committed(tmp_path, "x", lambda path: (path / "a.bin").write_bytes(b"xyz"))
+    found = 0
+    for path in (folder / "a.bin", folder / "manifest.json"):
+        whole = path.read_bytes()
+        for index in range(len(whole)):
+            damaged = bytearray(whole)
+            damaged[index] ^= 4
+            path.write_bytes(damaged)
+            try:
+                verify(folder)
+            except CheckpointError:
+                found += 1
+            else:
+                assert whole[index : index + 1].isspace()
+        path.write_bytes(whole)
+    assert found > 100
+    verify(folder)
+
+
+def test_no_whole_checkpoint_at_all_is_none_with_a_report_of_each(tmp_path):
+    store = CheckpointStore(tmp_path)
+    heard = []
+    assert store.latest_verified(heard.append) is None and heard == []
+    for step in (1, 2):
+        store.save(step, content("x"))
+        flip(store.path(step) / "b.bin")
+    assert store.latest_verified(heard.append) is None
+    assert [line.split("/")[0] for line in heard] == ["step-00000002", "step-00000001"]
+
+
+def test_a_damaged_checkpoint_is_replaced_by_a_new_one_of_its_step(tmp_path):
+    store = CheckpointStore(tmp_path)
+    store.save(5, content("x"))
+    flip(store.path(5) / "a.bin")
+    store.save(5, content("y"))
+    assert store.latest_verified(pytest.fail) == store.path(5)
+    assert (store.path(5) / "a.bin").read_bytes() == b"y" * 1000
 
 
 def test_the_latest_is_the_highest_step_whatever_the_clock_says(tmp_path):
@@ -153,7 +256,12 @@ def test_a_failed_save_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_said_to_be_one_and_leaves_what_was_there(tmp_path):
+def with_safetensors(folder):
+    save_file({"weight": torch.zeros(1000)}, folder / "a.safetensors")
+
+
+@pytest.mark.parametrize("write", [content("y"), with_safetensors])
+def test_a_full_disk_is_said_to_be_one_and_leaves_what_was_there(tmp_path, write):
     store = CheckpointStore(tmp_path)
     store.save(1, content("x"))
     child = os.fork()
@@ -161,17 +269,67 @@ def test_a_full_disk_is_said_to_be_one_and_leaves_what_was_there(tmp_path):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
         try:
-            store.save(2, content("y"))
+            store.save(2, write)
         except CheckpointError as error:
             os._exit(0 if "the disk is full" in str(error) else 1)
-        os._exit(2)
+        finally:
+            os._exit(2)
     assert os.WEXITSTATUS(os.waitpid(child, 0)[1]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     verify(store.path(1))
 
 
+def test_with_too_little_space_a_save_is_not_even_begun(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path)
+    store.save(1, content("x"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10_000, 7_001, 2_999))
+    with pytest.raises(
+        CheckpointError, match=r"step-00000002 could not be written, the disk is full.*2.9 KiB are free"
+    ):
+        store.save(2, lambda _: pytest.fail("it was begun"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10_000, 7_000, 3_000))
+    store.save(2, content("x"))
+    assert store.steps() == [1, 2]
+
+
+def test_what_is_there_is_not_written_over_by_accident(tmp_path):
+    write_committed(tmp_path, "x", content("old"))
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_committed(tmp_path, "x", content("new"))
+    verify(tmp_path / "x")
+    assert (tmp_path / "x" / "a.bin").read_bytes()[:3] == b"old"
+
+
+def test_folders_in_a_folder_are_verified_too(tmp_path):
+    def write(folder):
+        (folder / "inner").mkdir()
+        (folder / "inner" / "a.bin").write_bytes(b"xyz")
+
+    verify(folder := write_committed(tmp_path, "x", write))
+    flip(folder / "inner" / "a.bin")
+    with pytest.raises(CheckpointError, match="x/inner/a.bin is damaged"):
+        verify(folder)
+
+
+def test_a_link_that_leads_out_of_the_folder_is_refused(tmp_path):
+    folder = write_committed(tmp_path, "x", content("x"))
+    (folder / "a.bin").rename(tmp_path / "a.bin")
+    (folder / "a.bin").symlink_to(tmp_path / "a.bin")
+    with pytest.raises(CheckpointError, match="names a file outside the folder: a.bin"):
+        verify(folder)
+
+
 def test_a_file_is_replaced_whole(tmp_path):
     path = tmp_path / "x.json"
-    write_file(path, "one")
-    write_file(path, "two")
+    write_file_atomically(path, "one")
+    write_file_atomically(path, "two")
     assert path.read_text() == "two" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_could_not_be_replaced_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    write_file_atomically(path, "one")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no")))
+    with pytest.raises(OSError):
+        write_file_atomically(path, "two")
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]

@@ -1,5 +1,6 @@
 """Who may use a run's folder."""
 
+import json
 import os
 import signal
 
@@ -64,6 +65,46 @@ def test_a_folder_of_something_else_is_never_touched(tmp_path, mode):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("name", ["recipe.toml", "manifest.json", "metrics.jsonl"])
+def test_a_file_that_only_has_a_run_s_name_is_never_deleted(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    for mode in ("new", "overwrite", "resume"):
+        assert f"is not a run folder, and not empty ({name})" in refusal(tmp_path, mode)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_run_folder_copied_without_its_lock_is_still_one(tmp_path):
+    fill(tmp_path / "run", "interrupted")
+    (tmp_path / "run" / ".lock").unlink()
+    with RunFolder.open(tmp_path / "run", "resume") as run:
+        assert run.checkpoints.steps() == [3]
+
+
+def test_of_linked_checkpoints_overwriting_removes_the_link(tmp_path):
+    fill(tmp_path / "run", "interrupted")
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere")
+    with RunFolder.open(tmp_path / "run", "overwrite") as run:
+        assert run.checkpoints.steps() == []
+    assert (tmp_path / "elsewhere" / "step-00000003").exists()
+
+
+@pytest.mark.parametrize("status", ["", "{", "[]", "{}"])
+def test_a_status_that_can_not_be_read_is_none(tmp_path, status):
+    with RunFolder.open(tmp_path / "run", "new") as run:
+        (tmp_path / "run" / "status.json").write_text(status)
+        assert run.state() is None
+
+
+def test_what_is_written_about_a_run_can_be_read(tmp_path):
+    with RunFolder.open(tmp_path / "run", "new") as run:
+        run.write_manifest({"device": "cpu"})
+        run.write_status("running", 7)
+        assert json.loads((run.path / "manifest.json").read_text()) == {"device": "cpu"}
+        assert run.state() == "running"
+        assert run.adapter == tmp_path / "run" / "adapter"
+
+
 def test_a_file_and_an_unwritable_place_are_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     assert "found a file" in refusal(tmp_path / "file", "new")
@@ -95,3 +136,35 @@ def test_metrics_of_later_steps_and_a_torn_line_are_dropped_on_resume(tmp_path):
             file.write('{"step": 4')
         run.metrics.truncate_after(2)
         assert run.metrics.rows() == [{"step": 1}, {"step": 2}]
+
+
+def test_a_run_without_metrics_has_no_rows(tmp_path):
+    with RunFolder.open(tmp_path / "run", "new") as run:
+        assert run.metrics.rows() == []
+        run.metrics.truncate_after(3)
+        assert run.metrics.rows() == []
+
+
+def test_a_damaged_line_among_the_metrics_is_named(tmp_path):
+    with RunFolder.open(tmp_path / "run", "new") as run:
+        run.metrics.path.write_text('{"step": 1}\nbroken\n{"step": 3}\n')
+        with pytest.raises(
+            RunFolderError, match=r"metrics.jsonl:2: expected a JSON object with a step, found 'broken'"
+        ):
+            run.metrics.truncate_after(2)
+
+
+def test_resuming_removes_the_temporary_files_of_a_dead_process_and_no_others(tmp_path):
+    fill(tmp_path / "run", "interrupted")
+    for name in ("status.json.tmp-12345678", "mine.tmp-12345678"):
+        (tmp_path / "run" / name).write_text("x")
+    with RunFolder.open(tmp_path / "run", "resume"):
+        pass
+    assert {path.name for path in (tmp_path / "run").glob("*.tmp-*")} == {"mine.tmp-12345678"}
+
+
+def test_another_program_s_lock_makes_no_run_folder(tmp_path):
+    (tmp_path / ".lock").write_text("held by a browser")
+    (tmp_path / "adapter").mkdir()
+    assert "is not a run folder, and not empty" in refusal(tmp_path, "overwrite")
+    assert (tmp_path / "adapter").is_dir()

@@ -1,10 +1,12 @@
 """A run restored from its state goes on as if it had not stopped."""
 
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from quantune.checkpoint.state import load_state, save_state
@@ -56,6 +58,44 @@ def test_five_steps_saved_loaded_and_five_more_equal_ten(tmp_path, optimizer):
         assert torch.equal(second.parameters[name], parameter)
 
 
+def test_without_loading_the_same_comparison_fails(tmp_path):
+    whole, other = Run(0), Run(99)
+    whole.steps(10)
+    other.steps(5)
+    assert not torch.equal(whole.parameters["0.weight"], other.parameters["0.weight"])
+
+
+def test_saving_changes_nothing_and_twice_gives_the_same_bytes(tmp_path):
+    silent = Run(0, "adamw_8bit")
+    silent.steps(3)
+    saving = Run(0, "adamw_8bit")
+    saving.steps(2)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        saving.save(tmp_path / name)
+    saving.steps(1)
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+    assert torch.equal(saving.parameters["0.weight"], silent.parameters["0.weight"])
+
+
+def test_every_generator_goes_on_where_it_was(tmp_path):
+    run = Run(0)
+    np.random.randn()  # leaves a second normal draw in store
+    random.gauss(0, 1)
+    run.save(tmp_path)
+    expected = [torch.rand(1).item(), random.gauss(0, 1), np.random.randn(), np.random.rand()]
+    Run(99).load(tmp_path)
+    assert [torch.rand(1).item(), random.gauss(0, 1), np.random.randn(), np.random.rand()] == expected
+
+
+def test_eight_bit_moments_are_kept_in_eight_bit(tmp_path):
+    run = Run(0, "adamw_8bit")
+    run.steps(1)
+    run.save(tmp_path)
+    assert load_file(tmp_path / "optimizer.safetensors")["0.weight/state1"].dtype == torch.uint8
+
+
 def test_there_is_no_pickle_in_a_state(tmp_path):
     run = Run(0)
     run.steps(1)
@@ -70,9 +110,49 @@ def test_what_changed_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("now", "named"),
+    [
+        (PRINTS | {"the files of the base": {}}, "the files of the base"),
+        ({"[adapter]": {"r": 8}}, "the packed weights"),
+        (PRINTS | {"[adapter]": {"r": 16}}, "[adapter]"),
+    ],
+)
+def test_a_fingerprint_that_came_went_or_changed_is_named_and_nothing_is_loaded(tmp_path, now, named):
+    Run(0).save(tmp_path)
+    run = Run(99)
+    before = run.parameters["0.weight"].clone()
+    with pytest.raises(CheckpointError, match=re.escape(f": {named} changed since")):
+        run.load(tmp_path, fingerprints=now)
+    assert torch.equal(run.parameters["0.weight"], before)
+
+
+def test_fingerprints_are_compared_as_json_has_them(tmp_path):
+    Run(0).save(tmp_path, fingerprints={"targets": ("q_proj", "v_proj"), "max_grad_norm": float("inf")})
+    Run(0).load(tmp_path, fingerprints={"targets": ("q_proj", "v_proj"), "max_grad_norm": float("inf")})
+
+
+def test_the_state_of_another_optimizer_is_refused(tmp_path):
+    Run(0).save(tmp_path)
+    with pytest.raises(CheckpointError, match="expected the state of AdamW8bit, found that of AdamW"):
+        Run(0, "adamw_8bit").load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors"])
+@pytest.mark.parametrize("data", [None, b"", b"{}", b"\x00\xff" * 50])
+def test_a_state_that_can_not_be_read_is_a_checkpoint_error(tmp_path, name, data):
+    Run(0).save(tmp_path)
+    (tmp_path / name).unlink()
+    if data is not None:
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(CheckpointError):
+        Run(0).load(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda p: p.pop("0.bias"), "trains other parameters than this recipe, e.g. 0.bias"),
+        (lambda p: p.update({"9.bias": p["0.bias"]}), "trains other parameters than this recipe, e.g. 9.bias"),
         (lambda p: p.update({"0.bias": nn.Parameter(torch.zeros(3))}), r"expected 0.bias as torch.float32 \(3,\)"),
         (lambda p: p.update({"0.bias": nn.Parameter(torch.zeros(128).half())}), "expected 0.bias as torch.float16"),
     ],

@@ -1,12 +1,61 @@
 """Values that contradict each other."""
 
+import itertools
+
 import pytest
-from test_load import VALID, problems, write
+from recipe_support import VALID, load, problems, write
 
 
 @pytest.mark.parametrize(
     ("addition", "where", "message"),
     [
+        ("[evaluation]\nexact_match = true", "evaluation.exact_match", "there is nothing to evaluate on"),
+        ('[[data.train]]\npath = "x"\nformat = "chat"', "data.train[1].path", "expected a file ending in .jsonl"),
+        (
+            '[[data.train]]\npath = "x.csv"\nname = "n"\nformat = "chat"',
+            "data.train[1].name",
+            "name belongs to a dataset of the hub",
+        ),
+        (
+            '[[data.train]]\npath = "x.csv"\nrevision = "main"\nformat = "chat"',
+            "data.train[1].revision",
+            "revision belongs to a dataset of the hub",
+        ),
+        (
+            '[[data.train]]\npath = "x.csv"\nformat = "instruct"\nmessages_column = "m"',
+            "data.train[1].messages_column",
+            'messages_column has no meaning for format = "instruct"',
+        ),
+        (
+            '[[data.train]]\npath = "x.csv"\nformat = "chat"\nprompt_column = "p"',
+            "data.train[1].prompt_column",
+            'prompt_column has no meaning for format = "chat"',
+        ),
+        (
+            '[[data.train]]\npath = "x.csv"\nformat = "completion"\nresponse_column = "r"',
+            "data.train[1].response_column",
+            'response_column has no meaning for format = "completion"',
+        ),
+        (
+            '[[data.train]]\npath = "x.csv"\nformat = "chat"\ntext_column = "t"',
+            "data.train[1].text_column",
+            'text_column has no meaning for format = "chat"',
+        ),
+        (
+            '[[data.train]]\npath = "x.csv"\nformat = "instruct"\ntemplate = "{a.b}"',
+            "data.train[1].template",
+            "nothing else in braces",
+        ),
+        (
+            '[[data.train]]\npath = "x.csv"\nformat = "instruct"\ntemplate = "{}"',
+            "data.train[1].template",
+            "nothing else in braces",
+        ),
+        (
+            '[[data.eval]]\npath = "x.txt"\nformat = "chat"',
+            "data.eval[0].path",
+            "expected a file ending in .jsonl",
+        ),
         ("epochs = 2", "training.epochs", "epochs and max_steps both set the length"),
         ("warmup_steps = 2\nwarmup_ratio = 0.1", "training.warmup_ratio", "both set the warm-up"),
         ("warmup_steps = 10", "training.warmup_steps", "does not end within max_steps = 10"),
@@ -54,7 +103,59 @@ def test_every_contradiction_is_an_error_with_its_place(tmp_path, addition, wher
     assert problem.line is not None and problem.line > len(VALID.splitlines())
 
 
-def test_a_built_in_model_has_no_revision(tmp_path):
-    text = VALID.replace('base = "builtin:mini"', 'base = "builtin:mini"\nrevision = "main"')
+@pytest.mark.parametrize("line", ['revision = "main"', "trust_remote_code = true"])
+def test_a_built_in_model_has_no_revision_and_no_remote_code(tmp_path, line):
+    text = VALID.replace('base = "builtin:mini"', f'base = "builtin:mini"\n{line}')
     (problem,) = problems(write(tmp_path, text))
-    assert "no meaning for a built-in model" in problem.message and problem.line == 3
+    assert problem.code == "QT021" and problem.line == 3
+    assert "no meaning for a built-in model" in problem.message
+
+
+@pytest.mark.parametrize("template", ["{a!z}", "{a:{b}}"])
+def test_a_template_that_could_not_be_filled_in_is_refused(tmp_path, template):
+    text = VALID + f'[[data.train]]\npath = "x.csv"\nformat = "instruct"\ntemplate = "{template}"\n'
+    (problem,) = problems(write(tmp_path, text))
+    assert (problem.code, problem.where) == ("QT014", "data.train[1].template")
+
+
+def test_any_order_of_the_keys_gives_the_same_contradictions(tmp_path):
+    keys = ("epochs = 2", "warmup_steps = 20", "warmup_ratio = 0.1", "micro_batch_size = 3")
+    found = {
+        frozenset((p.code, p.where, p.message) for p in problems(write(tmp_path, VALID + "\n".join(order) + "\n")))
+        for order in itertools.permutations(keys)
+    }
+    assert [len(one) for one in found] == [4]
+
+
+def test_a_huge_batch_is_answered_with_a_few_divisors(tmp_path):
+    (problem,) = problems(write(tmp_path, VALID + "batch_size = 1000000000000000000\nmicro_batch_size = 3\n"))
+    assert problem.hint == "one of 1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 40, 50 or a larger divisor does"
+
+
+def test_a_micro_batch_that_does_not_divide_the_batch_gets_those_that_do(tmp_path):
+    (problem,) = problems(write(tmp_path, VALID + "batch_size = 6\nmicro_batch_size = 4\n"))
+    assert problem.hint == "one of 1, 2, 3, 6 does"
+
+
+def test_all_contradictions_are_reported_at_once(tmp_path):
+    text = VALID + 'epochs = 2\nwarmup_steps = 20\n[[data.eval]]\nformat = "chat"\n'
+    assert [(p.code, p.where) for p in problems(write(tmp_path, text))] == [
+        ("QT020", "training.epochs"),
+        ("QT020", "training.warmup_steps"),
+        ("QT022", "data.eval[0].path"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "addition",
+    [
+        "warmup_steps = 9",
+        "batch_size = 6\nmicro_batch_size = 3",
+        '[[data.train]]\ndataset = "org/data"\nname = "n"\nsplit = "test"\nrevision = "main"\nformat = "chat"',
+        '[[data.train]]\npath = "x.CSV"\nformat = "instruct"\ntemplate = "{{Q}}: {question}"',
+        '[[data.train]]\npath = "x.parquet"\nformat = "completion"\ntext_column = "t"',
+        '[evaluation]\nexact_match = true\n[[data.eval]]\npath = "x.csv"\nformat = "instruct"',
+    ],
+)
+def test_what_goes_together_is_no_contradiction(tmp_path, addition):
+    load(write(tmp_path, VALID + addition + "\n"))

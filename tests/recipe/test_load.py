@@ -3,50 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from recipe_support import VALID, load, options_of, problems, write
 
-from quantune.backends.registry import options_of
-from quantune.errors import RecipeError
+from quantune.recipe import codes
 from quantune.recipe.load import load_recipe
-
-VALID = """\
-[model]
-base = "builtin:mini"
-
-[quantization]
-backend = "bnb"
-weight_dtype = "nf4"
-
-[adapter]
-r = 8
-targets = ["q_proj", "v_proj"]
-
-[[data.train]]
-path = "train.jsonl"
-format = "chat"
-
-[training]
-max_steps = 10
-learning_rate = 1e-3
-"""
-
-
-def write(folder, text):
-    path = folder / "recipe.toml"
-    path.write_text(text)
-    return path
-
-
-def load(path, overrides=()):
-    return load_recipe(path, options_of=options_of, overrides=overrides).recipe
-
-
-def problems(path, overrides=()):
-    with pytest.raises(RecipeError) as caught:
-        load(path, overrides)
-    assert caught.value.exit_code == 2
-    return caught.value.problems
 
 
 def test_a_valid_recipe_is_structured_with_defaults_and_backend_options(tmp_path):
@@ -73,7 +39,7 @@ CASES = [
         "QT012",
         6,
         "quantization.blok_size",
-        'unknown key "blok_size" for backend "bnb"',
+        'unknown key "blok_size" for backend "toy"',
         'did you mean "block_size"?',
     ),
     ("r = 8", "r = true", "QT013", 9, "adapter.r", "expected a whole number, found true (a boolean)", None),
@@ -105,11 +71,38 @@ CASES = [
     ('base = "builtin:mini"\n', "", "QT010", 1, "model.base", '[model] lacks the key "base"', None),
     ('[model]\nbase = "builtin:mini"\n', "", "QT010", None, "model", 'the recipe lacks the section "model"', None),
     ('format = "chat"', "", "QT010", 12, "data.train[0].format", '[data.train[0]] lacks the key "format"', None),
-    ('backend = "bnb"', 'backend = "bnbb"', "QT015", 5, "quantization.backend", 'found "bnbb"', None),
-    ('backend = "bnb"', 'backend = "hqq"', "QT015", 5, "quantization.backend", "pip install quantune-hqq", None),
+    ('backend = "toy"', 'backend = "toyy"', "QT015", 5, "quantization.backend", 'found "toyy"', None),
+    ('backend = "toy"', 'backend = "hqq"', "QT015", 5, "quantization.backend", "pip install quantune-hqq", None),
     ('"nf4"', '"nf4"\nblock_size = 48', "QT016", 7, "quantization.block_size", "expected one of 32, 64", None),
     ('"nf4"', '"int8"\nblock_size = 64', "QT016", 7, "quantization.block_size", "block_size has no meaning", None),
     ('"nf4"', '"nf4"\noptions = 1', "QT012", 7, "quantization.options", 'unknown key "options"', None),
+    ("[adapter]", "[zzz]", "QT011", 8, "zzz", 'unknown section "zzz"', "there are: adapter, checkpoint"),
+    ("1e-3", "true", "QT013", 18, "training.learning_rate", "expected a number, found true (a boolean)", None),
+    ("max_steps = 10", "max_steps = true", "QT013", 17, "training.max_steps", "found true (a boolean)", None),
+    ("max_steps = 10", 'max_steps = "10"', "QT013", 17, "training.max_steps", "expected a whole number", None),
+    ('"builtin:mini"', "false", "QT013", 2, "model.base", "expected a string, found false (a boolean)", None),
+    ('"builtin:mini"', "[]", "QT013", 2, "model.base", "expected a string, found a list", None),
+    ("r = 8", "use_dora = 1", "QT013", 9, "adapter.use_dora", "expected true or false, found 1", None),
+    ("r = 8", "r = 2026-01-01", "QT013", 9, "adapter.r", "expected a whole number, found 2026-01-01 (date)", None),
+    ("r = 8", 'modules_to_save = "x"', "QT013", 9, "adapter.modules_to_save", 'list of strings, found "x"', None),
+    ('"chat"', "3", "QT013", 14, "data.train[0].format", 'one of "chat", "instruct", "completion", found 3', None),
+    ("[[data.train]]", "[data.train]", "QT013", 12, "data.train", "expected a list of tables, found a table", None),
+    ("[adapter]", "[[adapter]]", "QT013", 8, "adapter", "expected a table, found a list", None),
+    ("[quantization]", "[[quantization]]", "QT013", 4, "quantization", "expected a table, found a list", None),
+    ("max_steps = 10", "micro_batch_size = 'all'", "QT013", 17, "training.micro_batch_size", 'or "auto", found', None),
+    ("max_steps = 10", "micro_batch_size = 0", "QT014", 17, "training.micro_batch_size", "greater than 0", None),
+    ("max_steps = 10", "warmup_steps = -1", "QT014", 17, "training.warmup_steps", "at least 0, found -1", None),
+    ("max_steps = 10", "min_lr_ratio = 1.5", "QT014", 17, "training.min_lr_ratio", "at most 1, found 1.5", None),
+    ("1e-3", "inf", "QT014", 18, "training.learning_rate", "must be finite, found inf", None),
+    ("max_steps = 10", "weight_decay = inf", "QT014", 17, "training.weight_decay", "must be finite", None),
+    ('["q_proj", "v_proj"]', '["q_proj", " "]', "QT014", 10, "adapter.targets", "must not hold an empty name", None),
+    ('format = "chat"', 'format = "chat"\nlimit = 0', "QT014", 15, "data.train[0].limit", "greater than 0", None),
+    ("[training]", "[checkpoint]\nkeep = 1\n[training]", "QT014", 17, "checkpoint.keep", "at least 2", None),
+    ("[[data.train]]", "[[data.eval]]", "QT010", 12, "data.train", '[data] lacks the key "train"', None),
+    ('backend = "toy"', "", "QT010", 4, "quantization.backend", '[quantization] lacks the key "backend"', None),
+    ('backend = "toy"', "backend = 4", "QT013", 5, "quantization.backend", "expected a string, found 4", None),
+    ('"nf4"', '"nf4"\ndouble_quant = 1', "QT013", 7, "quantization.double_quant", "expected true or false", None),
+    ('"nf4"', '"int3"', "QT013", 6, "quantization.weight_dtype", 'expected one of "nf4", "fp4", "int8"', None),
 ]
 
 
@@ -171,7 +164,130 @@ def test_a_folder_is_no_recipe(tmp_path):
 def test_text_that_is_not_utf8_says_where(tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_bytes(b"[model]\nbase = '\xff'")
-    assert "position 16" in problems(path)[0].message
+    (problem,) = problems(path)
+    assert problem.code == "QT001" and "expected UTF-8 text" in problem.message and "position 16" in problem.message
+
+
+def test_a_missing_file_with_no_name_like_it_has_no_suggestion(tmp_path):
+    write(tmp_path, VALID)
+    (problem,) = problems(tmp_path / "nowhere" / "recipe.toml")
+    assert problem.code == "QT001" and problem.hint is None and problem.line is None
+
+
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + VALID.replace("r = 8", "r = 0").replace("\n", "\r\n").encode())
+    (problem,) = problems(path)
+    assert (problem.line, problem.column, problem.source_line) == (9, 1, "r = 0")
+
+
+def test_line_separators_of_unicode_do_not_shift_the_lines(tmp_path):
+    text = VALID.replace("r = 8", 'modules_to_save = ["a\u2028b"]  # \u2028\nr = 0')
+    path = tmp_path / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    (problem,) = problems(path)
+    assert (problem.line, problem.source_line) == (10, "r = 0")
+
+
+def test_toml_nested_too_deeply_is_a_problem_of_the_recipe(tmp_path):
+    (problem,) = problems(write(tmp_path, VALID.replace("r = 8", "r = " + "[" * 2000 + "]" * 2000)))
+    assert problem.code == "QT002" and "nested too deeply" in problem.message
+
+
+def test_an_empty_recipe_lacks_its_required_sections(tmp_path):
+    assert [(p.code, p.where, p.line) for p in problems(write(tmp_path, ""))] == [
+        ("QT010", "data", None),
+        ("QT010", "model", None),
+    ]
+
+
+def test_quantization_can_be_left_out(tmp_path):
+    text = VALID.replace('[quantization]\nbackend = "toy"\nweight_dtype = "nf4"\n', "")
+    assert load(write(tmp_path, text)).quantization is None
+
+
+def test_a_wrong_value_hides_no_problem_of_another_table_or_of_the_backend(tmp_path):
+    text = VALID.replace('"nf4"', '"nf4"\nblock_size = 48').replace("r = 8", "r = 0")
+    assert [(p.code, p.where) for p in problems(write(tmp_path, text))] == [
+        ("QT016", "quantization.block_size"),
+        ("QT014", "adapter.r"),
+    ]
+
+
+def test_a_mistake_in_one_section_hides_no_contradiction_in_another(tmp_path):
+    text = VALID.replace("r = 8", "r = 0").replace('"nf4"', '"nf5"') + "epochs = 3\n[evaluation]\nat_start = true\n"
+    assert [(p.code, p.where) for p in problems(write(tmp_path, text))] == [
+        ("QT013", "quantization.weight_dtype"),
+        ("QT014", "adapter.r"),
+        ("QT020", "training.epochs"),
+        ("QT022", "evaluation.at_start"),
+    ]
+
+
+def test_a_section_with_a_mistake_is_not_searched_for_contradictions(tmp_path):
+    (problem,) = problems(write(tmp_path, VALID.replace('path = "train.jsonl"', "path = 3")))
+    assert (problem.code, problem.where) == ("QT013", "data.train[0].path")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where", "message"),
+    [
+        ("1e-3", "1" + "0" * 400, "training.learning_rate", "too large"),
+        ("max_steps = 10", "seed = 18446744073709551616", "training.seed", "must fit into 64 bits"),
+        ("r = 8", "r = " + "9" * 5000, "recipe", "too many digits"),
+        ('"nf4"', '"""a\n\\u001b[31m"""', "quantization.weight_dtype", 'found "a\\n\\u001b[31m"'),
+        ('"nf4"', f'"{"x" * 500}"', "quantization.weight_dtype", 'xxx..." (a string)'),
+    ],
+)
+def test_extreme_values_are_problems_on_one_short_line(tmp_path, old, new, where, message):
+    (problem,) = problems(write(tmp_path, VALID.replace(old, new)))
+    assert problem.where == where and message in problem.message
+    assert len(problem.message) < 250 and "\n" not in problem.message and "\x1b" not in problem.message
+
+
+def test_what_is_found_later_can_still_point_into_the_recipe(tmp_path):
+    path = write(tmp_path, VALID)
+    loaded = load_recipe(path, options_of=options_of, overrides=["adapter.r=4"])
+    problem = loaded.problem("QT030", "data.train[0].path", "there is no file", "write one")
+    assert (problem.line, problem.column, problem.source_line) == (13, 1, 'path = "train.jsonl"')
+    assert (problem.code, problem.hint, problem.origin) == ("QT030", "write one", str(path))
+    assert loaded.problem("QT030", "adapter.r", "too small").origin == "--set adapter.r=4"
+
+
+def test_loading_a_recipe_imports_no_torch_and_nothing_above_the_recipe_language():
+    code = "import sys, quantune.recipe.preflight, quantune.recipe.resolve; print(*sys.modules, sep='\\n')"
+    modules = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert {"torch", "transformers", "tomlkit"}.isdisjoint(modules)
+    ours = {name for name in modules if name.startswith("quantune.")} - {"quantune.errors", "quantune.recipe"}
+    assert all(name.startswith("quantune.recipe.") for name in ours)
+
+
+def test_every_code_that_is_raised_is_in_the_catalogue():
+    sources = Path(codes.__file__).parent.glob("*.py")
+    raised = {code for path in sources for code in re.findall(r'"(QT\d{3})"', path.read_text(encoding="utf-8"))}
+    assert raised == set(codes.CODES)
+
+
+def test_unbounded_gradient_norms_are_allowed(tmp_path):
+    text = VALID.replace("max_steps = 10", "max_grad_norm = inf")
+    assert load(write(tmp_path, text)).training.max_grad_norm == float("inf")
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("adapter", "alpha"),
+        ("adapter", "dropout"),
+        ("training", "learning_rate"),
+        ("training", "min_lr_ratio"),
+        ("training", "weight_decay"),
+        ("training", "max_grad_norm"),
+    ],
+)
+def test_every_number_field_takes_a_whole_number_and_holds_a_float(tmp_path, section, key):
+    value = 0 if key == "dropout" else 1
+    number = getattr(getattr(load(write(tmp_path, VALID), [f"{section}.{key}={value}"]), section), key)
+    assert number == value and isinstance(number, float)
 
 
 def test_invalid_toml_names_the_line(tmp_path):
@@ -187,6 +303,12 @@ def test_invalid_toml_names_the_line(tmp_path):
         ('adapter.targets=["k_proj"]', lambda r: r.adapter.targets, ("k_proj",)),
         ("data.train[0].limit=5", lambda r: r.data.train[0].limit, 5),
         ("data.train.0.limit=5", lambda r: r.data.train[0].limit, 5),
+        ("training.learning_rate=1", lambda r: r.training.learning_rate, 1.0),
+        ('training.optimizer="adamw_8bit"', lambda r: r.training.optimizer, "adamw_8bit"),
+        ("training.optimizer=adamw_8bit", lambda r: r.training.optimizer, "adamw_8bit"),
+        ("quantization.weight_dtype=int8", lambda r: r.quantization.options.weight_dtype, "int8"),
+        (" training.max_steps =3", lambda r: r.training.max_steps, 3),
+        ('data.eval=[{path = "x.csv", format = "chat"}]', lambda r: r.data.eval[0].path, "x.csv"),
         ("evaluation.at_end=false", lambda r: r.evaluation.at_end, False),
         ("output.dir=/tmp/a b", lambda r: r.output.dir, "/tmp/a b"),
     ],
@@ -201,7 +323,29 @@ def test_set_overrides_a_key(tmp_path, override, get, value):
         ("training.max_steps=3.5", "expected a whole number, found 3.5"),
         ("adapter.r=0", "must be greater than 0"),
         ("adapter.alpa=3", 'unknown key "alpa"'),
+        ("training.max_steps=many", 'expected a whole number, found "many"'),
+        ("adapter.use_dora=1", "expected true or false, found 1"),
+        ('adapter.targets=["q_proj", 7]', "expected a string, found 7"),
+        ('data.train=[{path = "x.csv"}]', 'lacks the key "format"'),
+        ("adaptr.r=3", 'unknown section "adaptr"'),
+        ("quantization.blok_size=64", 'unknown key "blok_size" for backend "toy"'),
+        ("quantization.backend=toyy", 'found "toyy"'),
+        ("quantization.block_size=48", "expected one of 32, 64"),
+        ("training.epochs=1", "epochs and max_steps both set the length"),
         ("adapter", "expected section.key=value"),
+        ("adapter.r", "expected section.key=value"),
+        ("=3", "expected section.key=value"),
+        ("adapter..r=3", "expected section.key=value"),
+        ("[adapter]r=3", "expected section.key=value"),
+        ("data.train[0=3", "expected section.key=value"),
+        ("data.train[²].limit=3", "expected section.key=value"),
+        ("data.train[-1].limit=3", "expected section.key=value"),
+        ("adapter.r=3\nalpha = 4", 'expected a whole number, found "3\\nalpha = 4"'),
+        ("adapter.r=" + "[" * 3000, "expected a whole number"),
+        ("model=3", "expected section.key=value"),
+        ("adapter.r.x=3", "is no place in this recipe"),
+        ("data.train.limit=3", "is no place in this recipe"),
+        ("data.eval[0].limit=3", "is no place in this recipe"),
         ("data.train[4].limit=3", "is no place in this recipe"),
     ],
 )
@@ -209,3 +353,17 @@ def test_a_wrong_override_is_named_as_one(tmp_path, override, message):
     (problem,) = problems(write(tmp_path, VALID), [override])
     assert message in problem.message
     assert problem.origin == f"--set {override}" and problem.line is None
+
+
+def test_the_last_of_two_overrides_of_one_key_counts(tmp_path):
+    assert load(write(tmp_path, VALID), ["adapter.r=3", "adapter.r=4"]).adapter.r == 4
+
+
+def test_problems_of_overrides_and_of_the_file_are_reported_together(tmp_path):
+    path = write(tmp_path, VALID.replace("r = 8", "r = 0"))
+    found = problems(path, ["training.max_steps=0", "nonsense"])
+    assert {(p.origin, p.line) for p in found} == {
+        ("--set nonsense", None),
+        ("--set training.max_steps=0", None),
+        (str(path), 9),
+    }

@@ -49,3 +49,73 @@ path = "b"   # path
 )
 def test_the_key_is_found(path, position):
     assert locate(TEXT, path) == position
+
+
+ARRAYS = """\
+[data]
+max_length = 8
+train = [
+  # format = "chat" in a comment
+  { path = "a, b", format = "chat" },
+  { path = "format = }", columns = ["x", "y"], format = "chat" },
+]  # format
+eval = [{ path = "a" }, { path = "b" }]
+
+[model]
+base = "base = 1"
+'base.name' = "x"
+note = '''
+[training]
+base = 2
+'''
+after = { path = "x", "format" = 'path = 1', deep.path = 3 }
+"path" = 4
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "position"),
+    [
+        (("data", "train"), (3, 1)),
+        (("data", "train", 0, "format"), (5, 20)),
+        (("data", "train", 1, "path"), (6, 5)),
+        (("data", "train", 1, "columns"), (6, 26)),
+        (("data", "train", 1, "format"), (6, 48)),
+        (("data", "eval", 0, "path"), (8, 11)),
+        (("data", "eval", 1, "path"), (8, 27)),
+        (("data", "eval", 2, "path"), None),
+        (("model", "base"), (11, 1)),
+        (("model", "base.name"), (12, 1)),
+        (("model", "note"), (13, 1)),
+        (("training",), None),
+        (("model", "after", "format"), (17, 23)),
+        (("model", "after", "deep", "path"), (17, 51)),
+        (("model", "path"), (18, 1)),
+    ],
+)
+def test_a_key_in_an_inline_table_is_found_in_its_own_element(path, position):
+    assert locate(ARRAYS, path) == position
+
+
+def test_the_same_key_in_several_tables_is_found_in_each():
+    text = "[a]\nr = 1\n[b]\nlr = 2\nr = 3\n[a.b]\nr = 4\n[c]\n  r = 5\n"
+    rows = [locate(text, path) for path in (("a", "r"), ("b", "r"), ("a", "b", "r"), ("c", "r"))]
+    assert rows == [(2, 1), (5, 1), (7, 1), (9, 3)]
+
+
+def test_dotted_keys_are_found_by_their_last_part():
+    text = 'a.b.c = 1\na."b".d = 2\n\n[x.y]\nz.w = 3\n'
+    paths = [("a",), ("a", "b", "c"), ("a", "b", "d"), ("x",), ("x", "y"), ("x", "y", "z", "w")]
+    assert [locate(text, path) for path in paths] == [(1, 1), (1, 5), (2, 7), (4, 2), (4, 4), (5, 3)]
+
+
+def test_headers_of_arrays_of_tables_are_found_by_index():
+    text = '[[data.train]]\npath = "a"\n\n# [[data.train]]\n[["data".train]]  # second\npath = "b"\n'
+    assert locate(text, ("data", "train", 0)) == (1, 8)
+    assert locate(text, ("data", "train", 1)) == (5, 10)
+    assert locate(text, ("data", "train", 2)) is None
+
+
+def test_windows_line_ends_and_unicode_separators_keep_the_lines():
+    text = 'a = "x\u2028y"  # \u2028\r\n\r\nb = """\r\nb = 1\r\n"""\r\nc = 3'
+    assert [locate(text, (key,)) for key in "abc"] == [(1, 1), (3, 1), (6, 1)]

@@ -1,0 +1,44 @@
+"""The random number generators of a process, as JSON: python, numpy, torch's CPU and each CUDA device."""
+
+from __future__ import annotations
+
+import base64
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def capture_rng() -> dict[str, Any]:
+    """The state of every generator; CUDA's only when this process has used CUDA."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return {
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
+        "torch": _encode(torch.get_rng_state()),
+        "cuda": [_encode(state) for state in cuda],
+    }
+
+
+def restore_rng(saved: Mapping[str, Any]) -> None:
+    """Put every generator back. Devices that only one of the two processes has are let be."""
+    version, internal, gauss = saved["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = saved["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_decode(saved["torch"]))
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    for index, state in enumerate(saved["cuda"][:devices]):
+        torch.cuda.set_rng_state(_decode(state), index)
+
+
+def _encode(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _decode(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

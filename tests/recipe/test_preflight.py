@@ -1,0 +1,120 @@
+"""The files a recipe names, looked at before anything is loaded."""
+
+import pytest
+from recipe_support import VALID, options_of, write
+
+from quantune.errors import RecipeError
+from quantune.recipe.load import load_recipe
+from quantune.recipe.preflight import check_files
+from quantune.recipe.resolve import with_absolute_paths
+
+
+def check(tmp_path, text, overrides=()):
+    path = write(tmp_path, text)
+    loaded = load_recipe(path, options_of=options_of, overrides=overrides)
+    check_files(loaded, with_absolute_paths(loaded.recipe, path))
+
+
+def test_files_that_are_there_are_fine(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    check(tmp_path, VALID)
+
+
+def test_every_file_problem_is_reported_at_once_with_its_line(tmp_path):
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "no_config").mkdir()
+    text = VALID.replace('"builtin:mini"', '"./no_config"\nchat_template = "gone.jinja"')
+    for name in ("empty.csv", "folder.json"):
+        text += f'[[data.eval]]\npath = "{name}"\nformat = "chat"\n'
+    with pytest.raises(RecipeError) as caught:
+        check(tmp_path, text)
+    found = [(problem.line, problem.message) for problem in caught.value.problems]
+    expected = [
+        (2, "found no config.json"),
+        (3, "there is no file"),
+        (14, "there is no file"),
+        (21, "the file is empty"),
+        (24, "found a folder"),
+    ]
+    for (line, message), (expected_line, part) in zip(found, expected, strict=True):
+        assert line == expected_line and part in message
+
+
+@pytest.mark.parametrize(
+    ("files", "message", "hint"),
+    [
+        (["config.json"], "found no weights", None),
+        (["config.json", "pytorch_model.bin"], "found only pickled weights", "save_pretrained"),
+    ],
+)
+def test_a_base_without_safetensors_is_refused(tmp_path, files, message, hint):
+    (tmp_path / "train.jsonl").write_text("{}")
+    (tmp_path / "model").mkdir()
+    for name in files:
+        (tmp_path / "model" / name).write_text("{}")
+    with pytest.raises(RecipeError) as caught:
+        check(tmp_path, VALID.replace("builtin:mini", "model"))
+    (problem,) = caught.value.problems
+    assert message in problem.message and (hint is None or hint in problem.hint)
+
+
+@pytest.mark.parametrize(
+    ("base", "message"), [("builtin:maxi", "no built-in model"), ("../nowhere", "there is no folder")]
+)
+def test_a_base_that_does_not_exist_is_refused(tmp_path, base, message):
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(RecipeError, match=message):
+        check(tmp_path, VALID.replace("builtin:mini", base))
+
+
+def test_a_hub_id_and_a_hub_dataset_are_not_looked_for_on_disk(tmp_path):
+    check(tmp_path, VALID.replace("builtin:mini", "org/model").replace('path = "train.jsonl"', 'dataset = "org/data"'))
+
+
+def test_a_whole_model_folder_is_fine(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "model" / name).write_text("{}")
+    check(tmp_path, VALID.replace("builtin:mini", "./model"))
+
+
+def test_a_tokenizer_folder_that_is_not_there_is_refused(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    text = VALID.replace('base = "builtin:mini"', 'base = "builtin:mini"\ntokenizer = "./gone"')
+    with pytest.raises(RecipeError) as caught:
+        check(tmp_path, text)
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.where, problem.line) == ("QT030", "model.tokenizer", 3)
+    assert problem.message == f"there is no folder {tmp_path / 'gone'}"
+
+
+def test_a_home_folder_of_nobody_is_a_folder_that_is_not_there(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(RecipeError, match="there is no folder"):
+        check(tmp_path, VALID.replace("builtin:mini", "~no-such-user/model"))
+
+
+def test_a_missing_file_that_an_override_names_is_a_problem_of_the_override(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(RecipeError) as caught:
+        check(tmp_path, VALID, ["data.train[0].path=gone.jsonl"])
+    (problem,) = caught.value.problems
+    assert (problem.origin, problem.line) == ("--set data.train[0].path=gone.jsonl", None)
+
+
+def test_a_data_file_of_nothing_but_whitespace_is_empty(tmp_path):
+    (tmp_path / "train.jsonl").write_text(" \n" * 50_000)
+    with pytest.raises(RecipeError, match="the file is empty"):
+        check(tmp_path, VALID)
+
+
+def test_a_name_that_the_file_system_refuses_is_a_problem_and_no_crash(tmp_path):
+    text = VALID.replace("builtin:mini", "./" + "m" * 300).replace("train.jsonl", "t" * 300 + ".jsonl")
+    with pytest.raises(RecipeError) as caught:
+        check(tmp_path, text)
+    assert [(p.where, "can't be read" in p.message) for p in caught.value.problems] == [
+        ("model.base", True),
+        ("data.train[0].path", True),
+    ]
