@@ -67,7 +67,8 @@ def open_base(config: ModelConfig, *, allow_remote_code: bool = False) -> Base:
     try:
         hf_config = AutoConfig.from_pretrained(source, **arguments)
         tokenizer_arguments = arguments if config.tokenizer is None else {"trust_remote_code": config.trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer or source, **tokenizer_arguments)
+        tokenizer_source = source if config.tokenizer is None else BUILT_IN.get(config.tokenizer, config.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_source, **tokenizer_arguments)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise ModelError(
             f"[model] base = {json.dumps(config.base)} can't be opened: {_first_sentence(error)}"

@@ -22,7 +22,7 @@ from quantune.model.mini.muon import Muon
 from quantune.model.mini.tokenization import BEGIN, END, VOCABULARY, train_tokenizer
 
 SEED = 0
-STEPS = 340
+STEPS = 1300
 SEQUENCES = 8
 LENGTH = 512
 PEAK_RATE = 6e-3
