@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 demo: $(VENV)/installed
 	$(BIN)/quantune run recipes/quickstart.toml --overwrite
 	$(BIN)/quantune generate runs/quickstart \
-		--prompt "March 3rd, 2021 at 4:15 pm" --prompt "two hours and five minutes" --prompt "12 October 1998"
+		--prompt "March 3rd, 2021" --prompt "two hours and five minutes" --prompt "12 October 1998"
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest

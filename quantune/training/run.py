@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -220,6 +219,5 @@ def _restore(
 
 
 def _publish_adapter(model: PeftModel, folder: RunFolder) -> None:
-    if folder.adapter.exists():  # of an attempt that died before it could say it was finished
-        shutil.rmtree(folder.adapter)
-    write_committed(folder.path, folder.adapter.name, lambda path: adapter.save_adapter(model, path))
+    # replaced: an attempt may have died between writing the adapter and saying that it was finished
+    write_committed(folder.path, folder.adapter.name, lambda path: adapter.save_adapter(model, path), replace=True)
