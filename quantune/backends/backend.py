@@ -38,6 +38,10 @@ class Backend(abc.ABC):
         result is returned either way.
         """
 
+    def fills_out(self, layout: PackedLayout, dtype: torch.dtype) -> bool:
+        """Whether `dequantize` writes into `out`; if so, one buffer serves all weights."""
+        return False
+
     def merge(self, packed: PackedWeight, delta: Tensor, dtype: torch.dtype) -> Tensor:
         """The dequantized weight plus `delta`, added in fp32 and rounded once to `dtype`."""
         return self.dequantize(packed, torch.float32).add_(delta.float()).to(dtype)

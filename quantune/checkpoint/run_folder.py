@@ -95,8 +95,8 @@ class RunFolder:
         """Hold the folder for the length of the context; nothing is loaded before this is settled.
 
         Args:
-            mode: `new` starts a run where none is, `resume` goes on with an unfinished one, `overwrite` removes what
-                quantune wrote there, and nothing else, and starts again.
+            mode: `new` starts a run where none is, `resume` goes on with an unfinished one, `overwrite` lets a run
+                start again where one is, see `clear`.
 
         Raises:
             RunFolderError: another process holds it, it can't be written to, it is not a run's folder, or `mode` does
@@ -125,9 +125,7 @@ class RunFolder:
 
     def _prepare(self, mode: Mode) -> None:
         state = self.state()
-        if mode == "overwrite":
-            self._clear()
-        elif mode == "resume":
+        if mode == "resume":
             if state == "finished":
                 raise RunFolderError(f"the run in {self.path} is finished; --overwrite starts it again")
             if not self.checkpoints.steps():
@@ -135,6 +133,8 @@ class RunFolder:
                     f"there is nothing to resume: {self.path} holds no checkpoint. Leave out --resume to start"
                 )
             self._sweep()
+        elif mode == "overwrite":
+            return
         elif state == "finished":
             raise RunFolderError(
                 f"{self.path} holds a finished run; --overwrite starts it again, "
@@ -144,11 +144,13 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path} holds an unfinished run; --resume goes on with it, --overwrite starts it again"
             )
-        else:
-            self._clear()  # a run that died before its first checkpoint
 
-    def _clear(self) -> None:
-        """Remove quantune's own files. The status goes last: until then the folder still says what it was."""
+    def clear(self) -> None:
+        """Remove quantune's own files, for a run that starts from its first step.
+
+        The run calls it once it knows that it can start: a typo must not cost the run that is to be overwritten. The
+        status goes last: until then the folder still says what it was.
+        """
         for name in FOLDERS:
             _remove(self.path / name)
         for name in FILES:

@@ -30,7 +30,7 @@ def generate(
     """Answer prompts (or the lines of standard input) with the base, quantized as in training, and its adapter."""
     if not (run / "recipe.toml").is_file():
         raise InputError(f"expected the folder of a run, found no recipe.toml in {run}")
-    recipe = open_recipe(run / "recipe.toml")
+    recipe = open_recipe(run / "recipe.toml", data=False)
     prompts = list(prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()])
     if not prompts:
         raise InputError("expected a prompt: give --prompt, or lines on standard input")

@@ -12,13 +12,15 @@ from quantune.recipe.resolve import with_absolute_paths
 from quantune.recipe.schema import Recipe
 
 
-def open_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def open_recipe(path: Path, overrides: Sequence[str] = (), *, data: bool = True) -> Recipe:
     """Load and check a recipe and the files it names; its paths are absolute afterwards.
+
+    Without `data` the data files may be gone: answering needs the base alone.
 
     Raises:
         RecipeError: with every problem there is.
     """
     loaded = load_recipe(path, options_of=options_of, overrides=overrides)
     recipe = with_absolute_paths(loaded.recipe, path)
-    check_files(loaded, recipe)
+    check_files(loaded, recipe, data=data)
     return recipe

@@ -63,17 +63,21 @@ def attach(model: PreTrainedModel, config: AdapterConfig, *, base_name: str, see
     targets = config.targets
     if targets == "all-linear":
         targets = tuple(sorted({name.rpartition(".")[2] for name in matched}))
+    elif isinstance(targets, str):
+        targets = tuple(matched)  # PEFT would apply the expression to modules of every kind, and to the output head
     lora = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT annotates int, and takes any number
         lora_dropout=config.dropout,
-        target_modules=targets if isinstance(targets, str) else list(targets),
-        exclude_modules=None if isinstance(targets, str) else _head_names(model),
+        target_modules=list(targets),
+        exclude_modules=_head_names(model),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         modules_to_save=list(config.modules_to_save) or None,
+        ensure_weight_tying=bool(config.modules_to_save) and model.config.get_text_config().tie_word_embeddings,
         task_type="CAUSAL_LM",
     )
+    _refuse_packed(model, config.modules_to_save)
     lora._register_custom_module({QuantLinear: QuantLoraLinear})
     torch.manual_seed(seed)
     peft_model = get_peft_model(model, lora)
@@ -128,6 +132,17 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     return load_file(folder / "adapter_model.safetensors")
+
+
+def _refuse_packed(model: nn.Module, modules_to_save: tuple[str, ...]) -> None:
+    """Refuse to train modules in full that are packed."""
+    for name, module in model.named_modules():
+        saved = next((wanted for wanted in modules_to_save if _has_suffix(name, wanted)), None)
+        if saved is not None and any(isinstance(part, QuantLinear) for part in module.modules()):
+            raise ModelError(
+                f'[adapter] modules_to_save: "{saved}" is packed, and packed weights can\'t be trained; '
+                f'keep it in full precision with [quantization] skip = ["{saved}"]'
+            )
 
 
 def _compute_in_fp32(module: nn.Module, outside: torch.dtype) -> None:

@@ -64,7 +64,9 @@ def load_model(
                 output_loading_info=True,
                 **base.loading_arguments(),
             )
-    except (OSError, RuntimeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, RuntimeError, ImportError, ValueError) as error:
         if plan is not None and plan.failures:
             raise plan.failures[0] from error
         raise ModelError(f"[model] base = {json.dumps(base.name)} can't be loaded: {error}") from error

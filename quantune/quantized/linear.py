@@ -52,7 +52,9 @@ class WeightFormat:
 
     def borrow(self, data: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight, shape (O, I), valid until the next weight is borrowed."""
-        out = self.workspace.get(self.layout.shape, dtype, data.device)
+        out = None
+        if self.backend.fills_out(self.layout, dtype):
+            out = self.workspace.get(self.layout.shape, dtype, data.device)
         return self.backend.dequantize(PackedWeight(self.layout, data), dtype, out)
 
 

@@ -17,8 +17,8 @@ CONVERT_PICKLES = (
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def check_files(loaded: LoadedRecipe, recipe: Recipe) -> None:
-    """Check the files of `recipe`, which is `loaded.recipe` with absolute paths.
+def check_files(loaded: LoadedRecipe, recipe: Recipe, *, data: bool = True) -> None:
+    """Check the files of `recipe`, which is `loaded.recipe` with absolute paths; the data files only with `data`.
 
     Raises:
         RecipeError: files are missing, empty or not what they should be.
@@ -30,7 +30,8 @@ def check_files(loaded: LoadedRecipe, recipe: Recipe) -> None:
         except OSError as error:  # no permission, a name too long, a disk that fails
             message = f"{getattr(recipe.model, key)} can't be read: {error.strerror}"
             findings.append(Finding(code="QT030", path=("model", key), message=message))
-    findings += _data(recipe)
+    if data:
+        findings += _data(recipe)
     if findings:
         raise loaded.error(findings)
 

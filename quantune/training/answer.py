@@ -32,7 +32,8 @@ def answer(
     """
     device = choose_device("auto")
     base = open_base(recipe.model, allow_remote_code=allow_remote_code)
-    dtype = DTYPES[choose_precision("auto", device)]
+    trained_here = recipe.training.device == device.type
+    dtype = DTYPES[choose_precision(recipe.training.precision if trained_here else "auto", device)]
     model = load_model(base, recipe.quantization, compute_dtype=dtype, device=device)
     answering = model if adapter is None else load_adapter(model, adapter)
     answering.eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,12 +68,19 @@ def generate(
 
     Returns the text up to the end token, special tokens left out.
     """
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
     tokens = model.generate(  # type: ignore[operator]  # transformers' and PEFT's models have it
         input_ids=input_ids,
         attention_mask=attention_mask,
         generation_config=GenerationConfig(
-            max_new_tokens=max_new_tokens, eos_token_id=_end_tokens(model, tokenizer), pad_token_id=pad_id, **sampling
+            max_new_tokens=max_new_tokens,
+            eos_token_id=_end_tokens(model, tokenizer),
+            pad_token_id=pad_id,
+            num_beams=1,
+            repetition_penalty=1.0,
+            **sampling,
         ),
     )
     return tokenizer.batch_decode(tokens[:, input_ids.shape[1] :], skip_special_tokens=True)

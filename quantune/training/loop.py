@@ -110,7 +110,8 @@ def fit(job: Job, progress: Progress, hooks: Hooks, observer: Observer, stop: St
         hooks.record(metrics)
         observer.step(metrics)
         last = progress.step == job.total_steps
-        if _due(progress.step, recipe.evaluation.every_steps) and not last:
+        at_end = last and recipe.evaluation.at_end
+        if at_end or (_due(progress.step, recipe.evaluation.every_steps) and not last and stop.signal is None):
             hooks.evaluate(progress.step)
         if last or stop.signal is not None or _due(progress.step, recipe.checkpoint.every_steps):
             hooks.save(progress)

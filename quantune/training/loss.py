@@ -128,7 +128,7 @@ def build_loss(model: PreTrainedModel) -> LanguageModelLoss | WholeLogitsLoss:
 def _finishes(model: PreTrainedModel) -> list[Callable[[Tensor], Tensor] | None]:
     """What known architectures do to the logits, by the names their configurations use."""
     config = model.config.get_text_config()
-    finishes: list[Callable[[Tensor], Tensor] | None] = [None]
+    finishes: list[Callable[[Tensor], Tensor] | None] = []
     cap = getattr(config, "final_logit_softcapping", None)
     if cap:
         finishes.append(lambda logits: torch.tanh(logits / cap) * cap)
@@ -138,7 +138,7 @@ def _finishes(model: PreTrainedModel) -> list[Callable[[Tensor], Tensor] | None]
     divisor = getattr(config, "logits_scaling", None)
     if divisor:
         finishes.append(lambda logits: logits / divisor)
-    return finishes
+    return [*finishes, None]  # last: where logits are small, a soft cap is hard to tell from nothing
 
 
 def _chunks(rows: int, vocabulary: int) -> list[slice]:

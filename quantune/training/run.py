@@ -92,6 +92,8 @@ def train(
     progress = Progress()
     if resume:
         progress = _restore(folder, parameters, optimizer, fingerprints, observer)
+    else:
+        folder.clear()
     folder.write_recipe(to_toml(recipe))
     folder.write_manifest({**environment(), "device": summary.device, "fingerprints": fingerprints})
     folder.write_status("running", progress.step)
@@ -155,9 +157,6 @@ def train(
         if not finished:
             folder.write_status("interrupted", progress.step)
             raise InterruptedRun(f"stopped after step {progress.step} and saved; --resume goes on from there")
-    if recipe.evaluation.at_end:
-        run_evaluation(progress.step)
-
     _publish_adapter(model, folder)
     folder.write_status("finished", progress.step)
     return RunResult(

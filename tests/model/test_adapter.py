@@ -182,3 +182,21 @@ def test_a_bf16_base_trains_fp32_adapters(llama, config):
     trained = adapter.trainable_parameters(model).values()
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained)
+
+
+def test_a_pattern_never_reaches_the_output_head_or_anything_but_linear_layers(llama):
+    model = adapter.attach(load(llama), AdapterConfig(targets=r".*(layers\.0.*|lm_head)"), base_name="b", seed=0)
+    names = {name for name in adapter.trainable_parameters(model) if "lora_A" in name}
+    assert len(names) == 7 and all("layers.0" in name for name in names)
+
+
+def test_packed_modules_can_not_be_trained_in_full(llama):
+    with pytest.raises(ModelError, match=r"keep it in full precision with \[quantization\] skip"):
+        adapter.attach(load(llama), AdapterConfig(modules_to_save=("down_proj",)), base_name="b", seed=0)
+
+
+def test_a_tied_embedding_and_head_trained_in_full_stay_tied(tied_llama):
+    config = AdapterConfig(modules_to_save=("lm_head", "embed_tokens"))
+    model = adapter.attach(load(tied_llama), config, base_name="b", seed=0)
+    full = [parameter for name, parameter in adapter.trainable_parameters(model).items() if "lora" not in name]
+    assert len({parameter.data_ptr() for parameter in full}) == 1

@@ -230,3 +230,13 @@ def test_bad_input_is_one_message_and_exit_code_2(folder, change, message):
     done = quantune("run", recipe_for(folder), "--set", change, check=False)
     assert done.returncode == 2
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_typo_does_not_cost_the_run_that_is_to_be_overwritten(folder):
+    path = recipe_for(folder)
+    quantune("run", path)
+    before = adapter_bytes(folder / "run")
+    quantune("run", path, "--overwrite", "--set", 'adapter.targets=["q_porj"]', check=False)
+    assert adapter_bytes(folder / "run") == before
+    (folder / "train.jsonl").unlink()
+    assert quantune("generate", folder / "run", "--prompt", "x").stdout  # the data may be gone

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from quantune.backends.backend import Backend
 from quantune.backends.bnb import BnbOptions
-from quantune.backends.layout import PackedWeight, TensorSpec
+from quantune.backends.layout import PackedLayout, PackedWeight, TensorSpec
 
 NESTED_BLOCK_SIZE = 256
 """Scales that share one scale under double quantization; fixed in bitsandbytes."""
@@ -66,6 +66,10 @@ class BnbBackend(Backend):
             "nested_absmax": state.state2.absmax,
             "nested_offset": state.offset.reshape(1),
         }
+
+    def fills_out(self, layout: PackedLayout, dtype: torch.dtype) -> bool:
+        options: BnbOptions = layout.options  # type: ignore[assignment]  # the layout is backend-agnostic
+        return options.weight_dtype == "int8" and dtype == torch.float32
 
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         options: BnbOptions = packed.layout.options  # type: ignore[assignment]  # the layout is backend-agnostic
