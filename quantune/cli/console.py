@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
-from quantune.errors import Problem, QuantuneError, RecipeError
+from quantune.errors import InterruptedRun, Problem, QuantuneError, RecipeError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,6 +30,8 @@ def fail(error: QuantuneError, *, debug: bool) -> int:
             _print_problem(problem)
         count = len(error.problems)
         err.print(f"[bold red]{count} problem{'s' if count > 1 else ''}[/] in the recipe")
+    elif isinstance(error, InterruptedRun):
+        err.print(f"[bold yellow]interrupted:[/] {escape(str(error))}")
     else:
         err.print(f"[bold red]error:[/] {escape(str(error))}")
     return error.exit_code

@@ -30,6 +30,8 @@ def generate(
     """Answer prompts (or the lines of standard input) with the base, quantized as in training, and its adapter."""
     if not (run / "recipe.toml").is_file():
         raise InputError(f"expected the folder of a run, found no recipe.toml in {run}")
+    if not no_adapter and not (run / "adapter").is_dir():
+        raise InputError(f"the run in {run} is not finished and has no adapter yet; go on with quantune run --resume")
     recipe = open_recipe(run / "recipe.toml", data=False)
     prompts = list(prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()])
     if not prompts:

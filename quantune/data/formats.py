@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import string
 from typing import Any
 
 import attrs
@@ -52,6 +54,34 @@ def read_example(row: Row, source: SourceConfig) -> Conversation | PlainText:
             f"{row.where}: the template can't be filled in, {error}; write a brace that is text twice, {{{{ or }}}}"
         ) from error
     return PlainText(prompt=_encodable(prompt, row.where), response=response)
+
+
+def read_prompt(text: str, source: SourceConfig) -> Conversation | PlainText:
+    """A prompt from outside, in the form that the prompts of `source` have.
+
+    A template of one column is filled in with the text; one of several takes a JSON object with a key for each.
+
+    Raises:
+        DataError: the text is not such an object.
+    """
+    if source.format == "completion":
+        return PlainText(prompt=text, response="")
+    if source.format == "chat" or source.template is None:
+        return Conversation(messages=[{"role": "user", "content": text}])
+    columns = {name for _, name, _, _ in string.Formatter().parse(source.template) if name}
+    values: Any = {name: text for name in columns}
+    if len(columns) > 1:
+        try:
+            values = json.loads(text)
+        except ValueError:
+            values = None
+        if not isinstance(values, dict):
+            raise DataError(
+                f"the prompt: expected a JSON object with {', '.join(sorted(columns))}, which the template of the "
+                f"training data takes, found {text[:60]!r}"
+            )
+    row = Row(values=values, where="the prompt")
+    return PlainText(prompt=source.template.format_map(_Columns(row)), response="")
 
 
 class _Columns(dict[str, Any]):

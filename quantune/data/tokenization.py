@@ -82,11 +82,11 @@ def _sample(ids: Sequence[int], is_target: np.ndarray, where: str, prompt_length
     )
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The tokens of a user's prompt: through the chat template if there is one, as plain text otherwise."""
-    if not tokenizer.chat_template:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Conversation | PlainText) -> list[int]:
+    """The tokens that ask for an answer to `prompt`."""
+    if isinstance(prompt, PlainText):
         end = [tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else []
-        return _without_end(tokenizer(prompt).input_ids, end)
-    text = render(tokenizer, [{"role": "user", "content": prompt}], "the prompt", add_generation_prompt=True)
+        return _without_end(tokenizer(prompt.prompt).input_ids, end)
+    text = render(tokenizer, prompt.messages, "the prompt", add_generation_prompt=True)
     encoded: Any = tokenizer(text, add_special_tokens=False)
     return list(encoded.input_ids)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from quantune.data.formats import read_prompt
 from quantune.data.tokenization import prompt_ids
 from quantune.model.adapter import load_adapter
 from quantune.model.base import open_base
@@ -25,7 +26,7 @@ def answer(
     temperature: float = 0.0,
     allow_remote_code: bool = False,
 ) -> list[str]:
-    """An answer to each prompt, one after the other.
+    """An answer to each prompt, one after the other, asked in the form of the first training source.
 
     Raises:
         InputError: the base or the adapter can't be used.
@@ -40,7 +41,7 @@ def answer(
     torch.manual_seed(recipe.training.seed)
     answers = []
     for prompt in prompts:
-        input_ids = torch.tensor([prompt_ids(base.tokenizer, prompt)], device=device)
+        input_ids = torch.tensor([prompt_ids(base.tokenizer, read_prompt(prompt, recipe.data.train[0]))], device=device)
         answers += generate(
             answering,
             input_ids,

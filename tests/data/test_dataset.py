@@ -7,8 +7,10 @@ import pytest
 from data_files import chat, dataset, source, write
 
 from quantune.data.dataset import build
+from quantune.data.formats import read_prompt
+from quantune.data.tokenization import prompt_ids
 from quantune.errors import DataError
-from quantune.recipe.schema import DataConfig
+from quantune.recipe.schema import DataConfig, SourceConfig
 
 
 @pytest.mark.parametrize(
@@ -132,3 +134,23 @@ def test_no_source_is_an_error(tokenizer, tmp_path):
     config = DataConfig(train=(source(tmp_path / "unused.jsonl"),))
     with pytest.raises(DataError, match="none of the 0 rows can be used: there are none"):
         build([], config, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("source", "text", "expected"),
+    [
+        ({"format": "chat"}, "q", "<bos><user>\nq<end>\n<assistant>\n"),
+        ({"format": "instruct"}, "q", "<bos><user>\nq<end>\n<assistant>\n"),
+        ({"format": "instruct", "template": "Q: {prompt}\nA: "}, "q", "Q: q\nA: "),
+        ({"format": "instruct", "template": "{a}+{b}="}, '{"a": 1, "b": 2}', "1+2="),
+        ({"format": "completion"}, "once", "once"),
+    ],
+)
+def test_a_prompt_is_asked_in_the_form_of_the_training_data(tokenizer, source, text, expected):
+    prompt = read_prompt(text, SourceConfig(path="x.jsonl", **source))
+    assert tokenizer.decode(prompt_ids(tokenizer, prompt)) == expected
+
+
+def test_a_template_of_several_columns_asks_for_all_of_them():
+    with pytest.raises(DataError, match="expected a JSON object with a, b"):
+        read_prompt("1", SourceConfig(path="x.jsonl", format="instruct", template="{a}+{b}="))

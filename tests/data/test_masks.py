@@ -106,7 +106,7 @@ def test_the_prompt_is_what_a_user_would_send(tokenizer):
     assert sample.input_ids[: sample.prompt_length].tolist() == expected
     assert sample.reference == "  second answer"
     one = sample_of(CHAT[1:3], tokenizer)
-    assert prompt_ids(tokenizer, "one?") == one.input_ids[: one.prompt_length].tolist()
+    assert prompt_ids(tokenizer, Conversation(messages=CHAT[1:2])) == one.input_ids[: one.prompt_length].tolist()
 
 
 def test_a_template_without_an_end_token_masks_the_content(tokenizer):
@@ -190,4 +190,4 @@ def test_the_tokenizer_s_own_first_token_is_kept_and_its_end_token_not_doubled(t
     assert tokenizer.decode(answered.input_ids) == "<bos>qr<end>"
     assert tokenizer.decode(sample_of(CHAT[1:3], tokenizer).input_ids).count("<bos>") == 1
     tokenizer.chat_template = None
-    assert tokenizer.decode(prompt_ids(tokenizer, "q")) == "<bos>q"
+    assert tokenizer.decode(prompt_ids(tokenizer, PlainText(prompt="q", response=""))) == "<bos>q"
