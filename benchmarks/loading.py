@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from models import make_model
+from models import base_of, make_model
 
 WAYS = ("quantune nf4", "quantune int8", "transformers bf16", "transformers + bitsandbytes nf4")
 
@@ -71,23 +71,11 @@ def load(way: str, folder: Path, device_name: str) -> dict[str, float]:
 
 
 def load_quantune(folder: Path, device: torch.device, dtype: torch.dtype, weight_dtype: str):
-    import attrs
-    from transformers import AutoConfig
-
     from quantune.backends.bnb import BnbOptions
-    from quantune.model.base import Base
     from quantune.model.load import load_model
     from quantune.recipe.schema import QuantizationConfig
 
-    base = Base(
-        name=folder.name,
-        source=str(folder),
-        revision=None,
-        trust_remote_code=False,
-        attn_implementation=None,
-        config=AutoConfig.from_pretrained(folder),
-        tokenizer=attrs.NOTHING,  # nothing is tokenized here
-    )
+    base = base_of(folder)
     options = BnbOptions(weight_dtype=weight_dtype).resolved()
     return load_model(base, QuantizationConfig(backend="bnb", options=options), compute_dtype=dtype, device=device)
 

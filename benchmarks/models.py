@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import attrs
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+
+from quantune.model.base import Base
 
 SIZES = {
     "30M": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8},
@@ -23,3 +26,16 @@ def make_model(size: str, folder: Path) -> Path:
         config = LlamaConfig(vocab_size=VOCABULARY, tie_word_embeddings=True, **SIZES[size])
         LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
     return path
+
+
+def base_of(folder: Path) -> Base:
+    """The base in a folder, without a tokenizer: nothing is tokenized in a benchmark."""
+    return Base(
+        name=folder.name,
+        source=str(folder),
+        revision=None,
+        trust_remote_code=False,
+        attn_implementation=None,
+        config=AutoConfig.from_pretrained(folder),
+        tokenizer=attrs.NOTHING,
+    )

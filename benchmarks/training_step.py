@@ -18,9 +18,8 @@ import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import attrs
 import torch
-from models import VOCABULARY, make_model
+from models import VOCABULARY, base_of, make_model
 
 CONTENDERS = ("quantune nf4", "PEFT + bitsandbytes nf4", "PEFT dense")
 
@@ -138,24 +137,13 @@ def build(name: str, folder: Path, device: torch.device, checkpointing: bool):
 
 
 def build_quantune(folder: Path, device: torch.device, dtype: torch.dtype):
-    from transformers import AutoConfig
-
     from quantune.backends.bnb import BnbOptions
     from quantune.model import adapter
-    from quantune.model.base import Base
     from quantune.model.load import load_model
     from quantune.recipe.schema import AdapterConfig, QuantizationConfig
     from quantune.training.loss import build_loss
 
-    base = Base(
-        name=folder.name,
-        source=str(folder),
-        revision=None,
-        trust_remote_code=False,
-        attn_implementation=None,
-        config=AutoConfig.from_pretrained(folder),
-        tokenizer=attrs.NOTHING,  # nothing is tokenized here
-    )
+    base = base_of(folder)
     options = BnbOptions(double_quant=False).resolved()
     plan = QuantizationConfig(backend="bnb", options=options)
     model = adapter.attach(
