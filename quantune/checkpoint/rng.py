@@ -14,7 +14,7 @@ from torch import Tensor
 
 def capture_rng() -> dict[str, Any]:
     """The state of every generator; CUDA's only when this process has used CUDA."""
-    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]  # legacy: a tuple
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return {
         "python": random.getstate(),

@@ -95,7 +95,7 @@ def _default(field: Any) -> str:
         return "required"
     factory = isinstance(field.default, attrs.Factory)  # type: ignore[arg-type]  # a class at run time
     value = field.default.factory() if factory and not field.default.takes_self else field.default
-    if value is None or isinstance(value, attrs.Factory):  # type: ignore[arg-type]
+    if value is None or isinstance(value, attrs.Factory):  # type: ignore[arg-type]  # as above
         return ""
     value = list(value) if isinstance(value, tuple) else value
     return f"`{json.dumps(value)}`"
