@@ -14,7 +14,10 @@ from quantune.errors import QuantizationError
 
 
 class Backend(abc.ABC):
-    """A weight format. Subclasses are stateless: everything about one weight is in its `PackedLayout`."""
+    """A weight format. Subclasses are stateless: everything about one weight is in its `PackedLayout`.
+
+    `inner_tensors`, `pack` and `dequantize` are all a format must say; fused experts are packed one by one with them.
+    """
 
     name: str
 
@@ -23,7 +26,8 @@ class Backend(abc.ABC):
         """The tensors that store a weight of `shape` (out features, in features), in the order they are laid out.
 
         Raises:
-            QuantizationError: the format can't store this shape.
+            QuantizationError: the format can't store this shape. The message follows the weight's name and a colon:
+                what does not fit, and what would.
         """
 
     @abc.abstractmethod
@@ -46,6 +50,18 @@ class Backend(abc.ABC):
         """The dequantized weight plus `delta`, added in fp32 and rounded once to `dtype`."""
         return self.dequantize(packed, torch.float32).add_(delta.float()).to(dtype)
 
+    def export(self, packed: PackedWeight) -> dict[str, Tensor]:
+        """The tensors under the names and in the shapes that checkpoints of this format store them in."""
+        return packed.views()
+
+    def adopt(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], options: Any) -> Mapping[str, Tensor]:
+        """Take over a weight that is already in this format, bit for bit: from the tensors of `export` to inner ones.
+
+        Raises:
+            QuantizationError: a tensor is missing, or is not what the format says.
+        """
+        return tensors
+
     def layout(self, shape: tuple[int, int], dtype: torch.dtype, options: Any) -> PackedLayout:
         """The layout of a weight of `shape` and `dtype`, before there is one."""
         tensors = self.inner_tensors(shape, options)
@@ -56,7 +72,8 @@ def pack_weight(backend: Backend, weight: Tensor, options: Any, *, name: str = "
     """Pack one weight, shape (out features, in features), of any float dtype.
 
     Raises:
-        QuantizationError: the weight is not a float matrix or holds NaN or infinity; `name` is in the message.
+        QuantizationError: the weight is not a float matrix, is of a shape the format can't store, or holds NaN or
+            infinity; `name` is in the message.
     """
     if weight.dim() != 2 or not weight.is_floating_point():
         raise QuantizationError(
@@ -67,5 +84,40 @@ def pack_weight(backend: Backend, weight: Tensor, options: Any, *, name: str = "
             f"{name}: can't be packed, it holds NaN or infinity. The checkpoint is damaged; "
             f"fetch it again, or name the module in [quantization] skip"
         )
-    layout = backend.layout((weight.shape[0], weight.shape[1]), weight.dtype, options)
-    return PackedWeight(layout, layout.write(backend.pack(weight, options)))
+    layout = layout_of(backend, (weight.shape[0], weight.shape[1]), weight.dtype, options, name=name)
+    return PackedWeight(layout, layout.write(backend.pack(weight.contiguous(), options)))
+
+
+def layout_of(
+    backend: Backend, shape: tuple[int, int], dtype: torch.dtype, options: Any, *, name: str = "weight"
+) -> PackedLayout:
+    """The layout of the weight called `name`.
+
+    Raises:
+        QuantizationError: the format can't store this shape; `name` is in the message.
+    """
+    try:
+        return backend.layout(shape, dtype, options)
+    except QuantizationError as error:
+        raise QuantizationError(f"{name}: {error}") from error
+
+
+def adopt_weight(
+    backend: Backend,
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    options: Any,
+    *,
+    name: str = "weight",
+) -> PackedWeight:
+    """A packed weight from the tensors of a checkpoint that is already in the backend's format.
+
+    Raises:
+        QuantizationError: the tensors are not what the format says; `name` is in the message.
+    """
+    layout = layout_of(backend, shape, dtype, options, name=name)
+    try:
+        return PackedWeight(layout, layout.write(backend.adopt(tensors, shape, options)))
+    except QuantizationError as error:
+        raise QuantizationError(f"{name}: {error}") from error

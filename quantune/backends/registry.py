@@ -15,7 +15,7 @@ import quantune
 from quantune.backends.description import API_VERSION, ENTRY_POINT_GROUP, BackendDescription
 from quantune.errors import BackendError
 
-BUILT_IN = {"bnb": "quantune.backends.bnb:description"}
+BUILT_IN = {name: f"quantune.backends.{name}:description" for name in ("bnb", "torchao", "mxfp4", "fp8")}
 KNOWN_PLUGINS = {"hqq": "quantune-hqq"}
 """Backends that have a package of their own: naming one that is not installed says how to install it."""
 

@@ -64,6 +64,7 @@ description = BackendDescription(
     name="bnb",
     summary="bitsandbytes: 4-bit NF4 and FP4 in blocks, int8 by rows",
     weight_dtypes=("nf4", "fp4", "int8"),
+    bits_per_weight={"nf4": 4.127, "fp4": 4.127, "int8": 8.008},
     options=BnbOptions,
     probe=_probe,
     load=_load,

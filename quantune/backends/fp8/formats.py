@@ -1,0 +1,97 @@
+"""Packing and dequantizing fp8 in blocks, as DeepSeek's checkpoints hold it.
+
+float8_e4m3fn codes of the weight's shape and one fp32 factor per block, called `weight_scale_inv` in checkpoints and
+MULTIPLIED: w = code * scale_inv (DeepSeek-V3, inference/kernel.py; packing as transformers' `Fp8Quantize`). Blocks at
+the edges are cut off: 576 rows have 5 rows of factors, the last one for 64 rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from quantune.backends import kernels
+from quantune.backends.backend import Backend
+from quantune.backends.fp8 import Fp8Options
+from quantune.backends.layout import PackedLayout, PackedWeight, TensorSpec
+from quantune.errors import QuantizationError
+
+SMALLEST_ABSMAX = 2.0**-119
+"""Below it 448 / absmax overflows."""
+NOT_A_NUMBER = 0x7F
+"""The code of NaN, its sign left out."""
+
+
+class Fp8Backend(Backend):
+    """e4m3 in blocks."""
+
+    name = "fp8"
+
+    def inner_tensors(self, shape: tuple[int, int], options: Fp8Options) -> Mapping[str, TensorSpec]:
+        return {
+            "weight": TensorSpec(torch.float8_e4m3fn, shape),
+            "weight_scale_inv": TensorSpec(torch.float32, _grid(shape, options)),
+        }
+
+    def pack(self, weight: Tensor, options: Fp8Options) -> Mapping[str, Tensor]:
+        block_rows, block_columns = options.block_size
+
+        def pack_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+            grid_rows, grid_columns = _grid((rows.shape[0], rows.shape[1]), options)
+            missing = (0, grid_columns * block_columns - rows.shape[1], 0, grid_rows * block_rows - rows.shape[0])
+            padded = functional.pad(rows.float(), missing)
+            blocks = padded.view(grid_rows, block_rows, grid_columns, block_columns)
+            absmax = blocks.abs().amax(dim=(1, 3))
+            scale = torch.where(absmax > 0, kernels.E4M3_MAX / absmax.clamp_min(SMALLEST_ABSMAX), 1.0)
+            codes = kernels.encode_e4m3(blocks * scale[:, None, :, None]).view(padded.shape)
+            return codes[: rows.shape[0], : rows.shape[1]], 1.0 / scale
+
+        codes, scale_inv = kernels.in_row_slices(weight, pack_rows, rows=block_rows)
+        return {"weight": codes, "weight_scale_inv": scale_inv}
+
+    def dequantize(self, packed: PackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        options: Fp8Options = packed.layout.options  # type: ignore[assignment]  # the layout is backend-agnostic
+        if out is None:
+            out = torch.empty(packed.layout.shape, dtype=dtype, device=packed.data.device)
+        views = packed.views()
+        block_rows, block_columns = options.block_size
+        in_features = packed.layout.shape[1]
+        codes = views["weight"].view(-1)
+        scales = (views["weight_scale_inv"] * kernels.E4M3_UNIT).repeat_interleave(block_rows, dim=0)
+        whole = in_features // block_columns
+
+        def decode(start: int, stop: int, chunk: Tensor) -> None:
+            kernels.decode_e4m3(codes[start:stop], chunk)
+            rows = chunk.view(-1, in_features)
+            scale = scales[start // in_features : stop // in_features]
+            rows[:, : whole * block_columns].unflatten(1, (whole, block_columns)).mul_(scale[:, :whole, None])
+            rows[:, whole * block_columns :].mul_(scale[:, whole:])
+
+        return kernels.fill(out, decode, step=in_features)
+
+    def fills_out(self, layout: PackedLayout, dtype: torch.dtype) -> bool:
+        return True
+
+    def adopt(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], options: Fp8Options) -> Mapping[str, Tensor]:
+        grid = _grid(shape, options)
+        if tensors.keys() != {"weight", "weight_scale_inv"}:
+            raise QuantizationError(f"expected the tensors weight and weight_scale_inv, found {sorted(tensors)}")
+        scale_inv = tensors["weight_scale_inv"]
+        if scale_inv.shape != grid:
+            raise QuantizationError(
+                f"expected {grid} scales for {shape} weights in blocks of {options.block_size}, "
+                f"found {tuple(scale_inv.shape)}"
+            )
+        codes = tensors["weight"]
+        if codes.dtype == torch.float8_e4m3fn and ((codes.view(torch.uint8) & NOT_A_NUMBER) == NOT_A_NUMBER).any():
+            raise QuantizationError("holds codes that are not numbers; the checkpoint is damaged")
+        return {"weight": codes, "weight_scale_inv": scale_inv.float()}  # bf16 and ue8m0 scales are exact in fp32
+
+
+def _grid(shape: tuple[int, int], options: Fp8Options) -> tuple[int, int]:
+    """Blocks along rows and columns."""
+    rows, columns = shape
+    return kernels.blocks_of(rows, options.block_size[0]), kernels.blocks_of(columns, options.block_size[1])

@@ -1,0 +1,86 @@
+"""torchao's weight formats: int4 in groups, NF4, NVFP4, int8, and fp8 by rows. Needs no torchao: see `formats`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+import attrs
+
+from quantune.backends.description import BackendDescription, Probe
+
+if TYPE_CHECKING:
+    from quantune.backends.backend import Backend
+
+INT4_GROUP_SIZES = (32, 64, 128, 256)
+NF4_GROUP_SIZES = (16, 32, 64, 128, 256)
+NVFP4_GROUP_SIZE = 16
+DEFAULT_GROUP_SIZE = {"int4": 128, "nf4": 64, "nvfp4": NVFP4_GROUP_SIZE}
+DEFAULT_SCALER_BLOCK_SIZE = 256
+
+
+@attrs.frozen(kw_only=True)
+class TorchaoOptions:
+    """Options of the torchao backend."""
+
+    weight_dtype: Literal["int4", "nf4", "nvfp4", "int8", "fp8"]
+    """4-bit integers in groups (asymmetric), 4-bit NormalFloat, NVIDIA's 4-bit float, 8-bit integers, or 8-bit float
+    (e4m3) with one scale per row."""
+    group_size: int | None = None
+    """Weights of a row that share one scale. `int4`: 32, 64, 128 (the default) or 256. `nf4`: 64 by default. `nvfp4`:
+    always 16. `int8`: the whole row by default. `fp8`: has no groups."""
+    scaler_block_size: int | None = None
+    """`nf4`: scales that share one scale of their own, 256 by default."""
+
+    def problems(self) -> Iterable[tuple[str, str]]:
+        """What is wrong across the values: pairs of key and message."""
+        sizes = {"int4": INT4_GROUP_SIZES, "nf4": NF4_GROUP_SIZES, "nvfp4": (NVFP4_GROUP_SIZE,)}.get(self.weight_dtype)
+        if self.group_size is not None:
+            if self.weight_dtype == "fp8":
+                yield "group_size", 'group_size has no meaning for weight_dtype = "fp8", which has one scale per row'
+            elif sizes is not None and self.group_size not in sizes:
+                expected = f"one of {', '.join(map(str, sizes))}" if len(sizes) > 1 else str(sizes[0])
+                message = f'expected {expected} for weight_dtype = "{self.weight_dtype}", found {self.group_size}'
+                yield "group_size", message
+            elif self.group_size < 1:
+                yield "group_size", f"must be greater than 0, found {self.group_size}"
+        if self.scaler_block_size is not None:
+            if self.weight_dtype != "nf4":
+                message = f'scaler_block_size has no meaning for weight_dtype = "{self.weight_dtype}"'
+                yield "scaler_block_size", message
+            elif self.scaler_block_size < 1:
+                yield "scaler_block_size", f"must be greater than 0, found {self.scaler_block_size}"
+
+    def resolved(self) -> TorchaoOptions:
+        """The same options with every default written out."""
+        return attrs.evolve(
+            self,
+            group_size=self.group_size or DEFAULT_GROUP_SIZE.get(self.weight_dtype),
+            scaler_block_size=(self.scaler_block_size or DEFAULT_SCALER_BLOCK_SIZE)
+            if self.weight_dtype == "nf4"
+            else None,
+        )
+
+    @staticmethod
+    def hint(key: str, value: object) -> str | None:
+        """What to write instead of a value that is refused."""
+        if key == "weight_dtype" and value == "mxfp4":
+            return 'mxfp4 is a backend of its own: backend = "mxfp4", without weight_dtype'
+        return None
+
+
+def _load() -> Backend:
+    from quantune.backends.torchao.formats import TorchaoBackend
+
+    return TorchaoBackend()
+
+
+description = BackendDescription(
+    name="torchao",
+    summary="torchao's formats: int4 in groups, NF4, NVFP4, int8, fp8 by rows",
+    weight_dtypes=("int4", "nf4", "nvfp4", "int8", "fp8"),
+    bits_per_weight={"int4": 4.25, "nf4": 4.127, "nvfp4": 4.5, "int8": 8.008, "fp8": 8.008},
+    options=TorchaoOptions,
+    probe=lambda: Probe(available=True, devices=("cpu", "cuda")),
+    load=_load,
+)
