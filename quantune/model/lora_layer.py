@@ -59,7 +59,7 @@ class QuantLoraLinear(LoraLinear):
         )
 
     def _fusable_adapter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        if args or kwargs or self.disable_adapters or self.merged:
+        if args or kwargs or self.disable_adapters or self.merged or torch.compiler.is_compiling():
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
         if len(active) != 1 or active[0] in self.lora_variant or self.lora_bias[active[0]]:

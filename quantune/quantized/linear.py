@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from quantune.backends.backend import Backend
 from quantune.backends.layout import PackedLayout, PackedWeight
+from quantune.quantized import ops
 
 
 class Workspace:
@@ -45,6 +46,11 @@ class WeightFormat:
     backend: Backend
     layout: PackedLayout
     workspace: Workspace
+    key: str = attrs.field(init=False)
+    """Names the format to the operators of compiled graphs."""
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "key", ops.register(self))
 
     def dequantize(self, data: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight in a tensor of its own, shape (O, I)."""
@@ -74,6 +80,13 @@ class PackedLinear(torch.autograd.Function):
         grad_x = grad @ ctx.weight.borrow(data, grad.dtype) if ctx.needs_input_grad[0] else None
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias, None
+
+
+def packed_linear(x: Tensor, data: Tensor, bias: Tensor | None, weight: WeightFormat) -> Tensor:
+    """x @ W.T + bias for a frozen packed W, in eager and in compiled code."""
+    if torch.compiler.is_compiling():
+        return ops.packed_linear(x, data, bias, weight.key)
+    return PackedLinear.apply(x, data, bias, weight)
 
 
 class PackedLoraLinear(torch.autograd.Function):
@@ -152,10 +165,12 @@ class QuantLinear(nn.Linear):
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as a dense tensor of its own, shape (out features, in features)."""
+        if torch.compiler.is_compiling():
+            return ops.dequantize(self.weight, dtype or self.compute_dtype, self.weight_format.key)
         return self.weight_format.dequantize(self.weight.data, dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return PackedLinear.apply(x, self.weight, self.bias, self.weight_format)
+        return packed_linear(x, self.weight, self.bias, self.weight_format)
 
     def extra_repr(self) -> str:
         layout = self.weight_format.layout
