@@ -108,6 +108,11 @@ def options_of(name: str) -> type:
     return describe(name).options
 
 
+def backends_with_option(key: str) -> tuple[str, ...]:
+    """Names of the built-in backends that have an option called `key`."""
+    return tuple(name for name in BUILT_IN if key in attrs.fields_dict(options_of(name)))
+
+
 def _built_in() -> Iterable[FoundBackend]:
     for name, value in BUILT_IN.items():
         entry_point = metadata.EntryPoint(name=name, value=value, group=ENTRY_POINT_GROUP)

@@ -37,6 +37,12 @@ def fail(error: QuantuneError, *, debug: bool) -> int:
     return error.exit_code
 
 
+def warn(problem: Problem) -> None:
+    """Print something that was understood and should be written otherwise."""
+    err.print("[bold yellow]warning:[/] ", end="")
+    _print_problem(problem)
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and advice off the screen; call before they are imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
