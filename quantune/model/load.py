@@ -18,6 +18,7 @@ from quantune.backends import registry
 from quantune.errors import ModelError, QuantizationError
 from quantune.model.base import Base
 from quantune.model.device import lean_heap
+from quantune.model.initialization import Initialization
 from quantune.model.names import matches_any
 from quantune.model.quantizer import QuantizationPlan, QuantuneConfig
 from quantune.quantized import experts
@@ -45,14 +46,20 @@ def load_model(
     *,
     compute_dtype: torch.dtype,
     device: torch.device,
+    initialization: Initialization | None = None,
 ) -> PreTrainedModel:
     """Load the base onto `device`, frozen, packing its linear layers one by one when `quantization` is given.
 
+    `initialization` takes an adapter's share out of the weights on the way.
+
     Raises:
         ModelError: the weights can't be read, or are incomplete.
+        BackendError: the backend can't run here, or not on this device.
         QuantizationError: a weight can't be packed, or one that should be packed is not.
     """
-    plan = None if quantization is None else plan_quantization(quantization, compute_dtype)
+    plan = None
+    if quantization is not None:
+        plan = plan_quantization(quantization, compute_dtype, initialization)
     try:
         with lean_heap():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -80,10 +87,14 @@ def load_model(
     model.eval()
     if quantization is not None:
         _require_packed(model, quantization.skip)
+    if initialization is not None:
+        _split_dense(model, initialization)
     return model
 
 
-def plan_quantization(quantization: QuantizationConfig, compute_dtype: torch.dtype) -> QuantizationPlan:
+def plan_quantization(
+    quantization: QuantizationConfig, compute_dtype: torch.dtype, initialization: Initialization | None = None
+) -> QuantizationPlan:
     """Import the backend and say what to pack with it.
 
     Raises:
@@ -91,7 +102,11 @@ def plan_quantization(quantization: QuantizationConfig, compute_dtype: torch.dty
     """
     description = registry.describe_available(quantization.backend)
     return QuantizationPlan(
-        backend=description.load(), options=quantization.options, skip=quantization.skip, compute_dtype=compute_dtype
+        backend=description.load(),
+        options=quantization.options,
+        skip=quantization.skip,
+        compute_dtype=compute_dtype,
+        initialization=initialization,
     )
 
 
@@ -143,6 +158,15 @@ def linear_layers(model: nn.Module) -> list[str]:
     """Names of the linear layers, the output head left out."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+def _split_dense(model: nn.Module, initialization: Initialization) -> None:
+    """Take the adapter's share out of the adapted layers that are not packed."""
+    for name in sorted(initialization.names - initialization.factors.keys()):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        if not isinstance(layer, QuantLinear):
+            layer.weight.data = initialization.split(name, layer.weight.data, None)
 
 
 def _require_packed(model: PreTrainedModel, skip: tuple[str, ...]) -> None:

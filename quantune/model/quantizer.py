@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantune.backends.backend import Backend, pack_weight
 from quantune.errors import QuantizationError
+from quantune.model.initialization import Initialization
 from quantune.model.names import matches_any
 from quantune.quantized import experts
 from quantune.quantized.linear import QuantLinear, WeightFormat, Workspace
@@ -36,6 +37,8 @@ class QuantizationPlan:
     options: Any
     skip: tuple[str, ...]
     compute_dtype: torch.dtype
+    initialization: Initialization | None = None
+    """Takes the adapter's share out of the weights before they are packed."""
     workspace: Workspace = attrs.field(factory=Workspace)
     failures: list[QuantizationError] = attrs.field(factory=list)
     """Weights that could not be packed; transformers reports an operation's error only as text."""
@@ -50,7 +53,14 @@ class QuantizationPlan:
 
     def pack(self, weight: Tensor, name: str) -> Tensor:
         """The bytes of one weight, shape (out features, in features); what fails is noted."""
+
+        def round_trip(weight: Tensor) -> Tensor:
+            packed = pack_weight(self.backend, weight, self.options, name=name)
+            return self.backend.dequantize(packed, torch.float32)
+
         try:
+            if self.initialization is not None:
+                weight = self.initialization.split(name.removesuffix(".weight"), weight, round_trip)
             return pack_weight(self.backend, weight, self.options, name=name).data
         except QuantizationError as error:
             self.failures.append(error)

@@ -39,7 +39,9 @@ def rewrite(document: dict[str, Any]) -> Rewritten:
     backend, given = table.get("backend"), table["config_kwargs"]
     if backend in WITHOUT_KWARGS:
         message = f'config_kwargs has no meaning for backend "{backend}"'
-        return _refused(document, Finding(code="QT021", path=KWARGS, message=message, hint="write its options directly"))
+        return _refused(
+            document, Finding(code="QT021", path=KWARGS, message=message, hint="write its options directly")
+        )
     if backend not in WITH_KWARGS:
         return Rewritten(document=document)
     if not isinstance(given, dict):

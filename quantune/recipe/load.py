@@ -140,9 +140,7 @@ def _structure_options(
     return options, findings
 
 
-def _explain(
-    finding: Finding, backend: str, cls: type, given: dict[str, Any], backends_with: BackendsWith
-) -> Finding:
+def _explain(finding: Finding, backend: str, cls: type, given: dict[str, Any], backends_with: BackendsWith) -> Finding:
     """The finding with what is known of the option elsewhere, or of the value that was refused."""
     key = str(finding.path[1]) if len(finding.path) > 1 else ""
     if finding.code == "QT012" and len(finding.path) == 2:

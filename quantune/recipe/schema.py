@@ -161,9 +161,7 @@ class TrainingConfig:
     """AdamW's epsilon."""
     weight_decay: float = attrs.field(default=0.0, validator=[at_least(0.0), finite])
     """Decoupled weight decay."""
-    loraplus_lr_ratio: float | None = attrs.field(
-        default=None, validator=attrs.validators.optional([positive, finite])
-    )
+    loraplus_lr_ratio: float | None = attrs.field(default=None, validator=attrs.validators.optional((positive, finite)))
     """LoRA+: the learning rate of the B matrices is this many times that of everything else."""
     max_grad_norm: float = attrs.field(default=1.0, validator=positive)
     """Gradients whose norm is larger are scaled down to it; `inf` clips nothing."""
