@@ -215,19 +215,26 @@ def main(name: str, path: str, seconds: str) -> None:
         part.write_text(json.dumps(document), encoding="utf-8")
         part.replace(path)
 
-    report = Report(stage="starting")
-    try:
-        for report in _try_out(name):
-            write(report)
-    except QuantuneError as error:
-        write(attrs.evolve(report, status="broken", reason=plain(str(error))))
-    except BaseException as error:  # a plugin's code can raise anything; it becomes the reason
-        write(attrs.evolve(report, status="broken", reason=f"{report.stage} fails: {in_words(error)}"))
+    for report in try_out(name):
+        write(report)
     os._exit(0)  # no thread or exit handler of the backend keeps the process
 
 
-def _try_out(name: str) -> Iterator[Report]:
-    """The report before each stage, and at last with a verdict."""
+def try_out(name: str) -> Iterator[Report]:
+    """The report before each stage, and at last with a verdict; runs the backend's code in this process."""
+    report = Report(stage="starting")
+    try:
+        for report in _stages(name):
+            yield report
+    except QuantuneError as error:
+        yield attrs.evolve(report, status="broken", reason=plain(str(error)))
+    except (KeyboardInterrupt, GeneratorExit):
+        raise
+    except BaseException as error:  # a plugin's code can raise anything; it becomes the reason
+        yield attrs.evolve(report, status="broken", reason=f"{report.stage} fails: {in_words(error)}")
+
+
+def _stages(name: str) -> Iterator[Report]:
     report = Report(stage="importing its description")
     yield report
     description = registry.describe(name)

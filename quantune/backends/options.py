@@ -54,10 +54,10 @@ def default_options(description: BackendDescription, weight_dtype: str | None = 
         BackendError: the backend refuses that; with what it says.
     """
     given = {} if weight_dtype is None else {"weight_dtype": weight_dtype}
-    options, findings = structure(description.options, given)
-    said = [f"{finding.where}: {finding.message}" if finding.where else finding.message for finding in findings]
+    options, findings = structure(description.options, given, prefix=("quantization",))
+    said = [f"[{finding.where}] {finding.message}" for finding in findings]
     if options is not None and hasattr(options, "problems"):
-        said += [f"{key}: {message}" for key, message in options.problems()]
+        said += [f"[quantization.{key}] {message}" for key, message in options.problems()]
     if said or options is None:
         raise BackendError(f"its default options are refused: {plain('; '.join(said))}")
     return options.resolved() if hasattr(options, "resolved") else options

@@ -44,14 +44,16 @@ def list_backends(as_json: Json = False) -> None:
             escape(f"{row.package} {row.version}"),
             _bits(row.bits_per_weight),
             ", ".join(row.devices) or "-",
-            _status(row.status, row.reason, row.install or row.hint),
+            _status(row.status),
         )
     out.print(shown)
+    for row in rows:
+        _explain(row.name, row.status, row.reason, row.install or row.hint)
 
 
 @app.command("show")
 def show(
-    name: Annotated[str, typer.Argument(help="A backend that `quantune backends list` shows.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A backend that `quantune backends list` shows.")],
     as_json: Json = False,
 ) -> None:
     """Show a backend's options and what to write into a recipe; imports its description, not its tensor code."""
@@ -103,7 +105,9 @@ def show(
 
 @app.command("check")
 def check(
-    names: Annotated[list[str] | None, typer.Argument(help="Backends to check; all installed ones by default.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Backends to check; all installed ones by default.")
+    ] = None,
     as_json: Json = False,
     timeout: Annotated[
         float, typer.Option("--timeout", help="Seconds that a backend may take, importing torch included.")
@@ -150,9 +154,14 @@ def _print_checked(results: Sequence[Checked]) -> None:
             shown.add_row(*head, dtype, device, bits, f"{100 * trip.relative_error:.2f}%", *times)
             head = ("", "", "")
     out.print(shown)
-    for result in results:  # a sentence of its own: a reason is too long for a column
-        if result.reason:
-            out.print(f"{escape(result.name)} is {_status(result.status, result.reason, result.install)}")
+    for result in results:
+        _explain(result.name, result.status, result.reason, result.install)
+
+
+def _explain(name: str, status: str, reason: str | None, way_out: str | None) -> None:
+    """A sentence under the table, where there is something to say; a reason is too long for a column."""
+    if reason or (way_out and status == "installed"):
+        out.print(f"{escape(name)} is {_status(status, reason, way_out)}")
 
 
 def _status(status: str, reason: str | None = None, way_out: str | None = None) -> str:
