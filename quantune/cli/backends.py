@@ -106,7 +106,7 @@ def show(
 @app.command("check")
 def check(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Backends to check; all installed ones by default.")
+        list[str] | None, typer.Argument(metavar="NAME", help="Backends to check; all installed ones by default.")
     ] = None,
     as_json: Json = False,
     timeout: Annotated[
