@@ -59,7 +59,7 @@ def load_model(
     """
     plan = None
     if quantization is not None:
-        plan = plan_quantization(quantization, compute_dtype, initialization)
+        plan = plan_quantization(quantization, compute_dtype, device, initialization)
     try:
         with lean_heap():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -93,16 +93,20 @@ def load_model(
 
 
 def plan_quantization(
-    quantization: QuantizationConfig, compute_dtype: torch.dtype, initialization: Initialization | None = None
+    quantization: QuantizationConfig,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    initialization: Initialization | None = None,
 ) -> QuantizationPlan:
     """Import the backend and say what to pack with it.
 
     Raises:
-        BackendError: the backend can't run here.
+        BackendError: the backend can't run here, or not on `device`.
     """
     description = registry.describe_available(quantization.backend)
+    registry.require_device(description, getattr(quantization.options, "weight_dtype", None), device.type)
     return QuantizationPlan(
-        backend=description.load(),
+        backend=registry.load_backend(description),
         options=quantization.options,
         skip=quantization.skip,
         compute_dtype=compute_dtype,
