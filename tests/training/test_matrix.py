@@ -47,7 +47,7 @@ CLOSE = {
     "mxfp4": 0.07,
     "fp8": 0.03,
 }
-"""How far the training losses of a format may be from the unquantized run's: mean relative difference over all steps."""
+"""How far a format's training losses may be from the unquantized run's: mean relative difference over all steps."""
 every_format = pytest.mark.parametrize("name", FORMATS)
 
 
