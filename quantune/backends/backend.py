@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,6 +61,18 @@ class Backend(abc.ABC):
             QuantizationError: a tensor is missing, or is not what the format says.
         """
         return tensors
+
+    def checkpoint_names(self, parameter: str) -> Mapping[str, str]:
+        """What checkpoints of this format call the tensors of `export`, for a parameter called `parameter`."""
+        return {"weight": parameter}
+
+    def stack_rows(self, parts: Sequence[Mapping[str, Tensor]], options: Any) -> Mapping[str, Tensor]:
+        """The tensors of `export` of weights stacked by rows, from those of each.
+
+        Raises:
+            QuantizationError: stacked, they are no weight of this format.
+        """
+        raise QuantizationError(f"the backend {self.name!r} does not stack weights that are already packed")
 
     def layout(self, shape: tuple[int, int], dtype: torch.dtype, options: Any) -> PackedLayout:
         """The layout of a weight of `shape` and `dtype`, before there is one."""

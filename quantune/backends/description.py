@@ -52,6 +52,9 @@ class BackendDescription:
     bits_per_weight: Mapping[str, float] = attrs.field(factory=dict)
     """What a weight takes on average, scales included, for each of `weight_dtypes` (for the backend's name where there
     are none) with default options; `quantune backends check` measures it on a weight of 4096 x 4096."""
+    adopts: tuple[str, ...] = ()
+    """Values of `quant_method` in a checkpoint's `config.json` whose tensors it takes over bit for bit. Its options
+    then have a method `checkpoint_problem(quantization_config)`: a sentence on what does not fit, or None."""
     options: type
     """A frozen attrs class: the keys it accepts under `[quantization]`, with defaults and a docstring under each."""
     probe: Callable[[], Probe]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,6 +20,7 @@ from quantune.errors import ModelError
 from quantune.model.initialization import Initialization, initialization
 from quantune.model.load import linear_layers
 from quantune.model.lora_layer import QuantLoraLinear
+from quantune.quantized.experts import is_experts
 from quantune.quantized.linear import QuantLinear
 from quantune.recipe.schema import AdapterConfig
 
@@ -38,8 +40,9 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     """
     linears = linear_layers(model)
     targets = config.targets
+    taken = _taken_for_experts(model, linears)
     if targets == "all-linear":
-        matched = linears
+        matched = [name for name in linears if _leaf(name) not in taken]
     elif isinstance(targets, str):
         matched = [name for name in linears if _compile(targets).fullmatch(name)]
     else:
@@ -49,6 +52,11 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
             raise ModelError(_no_match(unmatched[0], linears))
     if not matched:
         raise ModelError(_no_match(str(targets), linears))
+    for leaf in sorted({_leaf(name) for name in matched} & taken):
+        raise ModelError(
+            f'[adapter] targets: PEFT takes "{leaf}" for the fused weights of this architecture\'s experts, which '
+            "quantune's adapters do not reach; leave it out"
+        )
     names = [name for name, _ in model.named_modules()]
     for module in config.modules_to_save:
         if not any(_has_suffix(name, module) for name in names):
@@ -58,6 +66,31 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
                 f"have{_did_you_mean(module, leaves)}"
             )
     return matched
+
+
+def left_out(model: nn.Module) -> list[str]:
+    """Names of the linear layers that `all-linear` does not reach, because PEFT takes their names for experts."""
+    linears = linear_layers(model)
+    taken = _taken_for_experts(model, linears)
+    return [name for name in linears if _leaf(name) in taken]
+
+
+def _taken_for_experts(model: nn.Module, linears: list[str]) -> set[str]:
+    """Last parts of the names of linear layers that PEFT does not take for linear layers.
+
+    In some mixtures of experts PEFT turns `up_proj` as a target into the experts' fused weight, and then leaves out the
+    linear layers of that name that stand beside the experts.
+    """
+    taken = set()
+    for leaf in {_leaf(name) for name in linears} if any(map(is_experts, model.modules())) else ():
+        probe = LoraConfig(target_modules=[leaf])
+        try:
+            convert_peft_config_for_transformers(probe, model, None)
+        except ValueError:  # one of two names that PEFT turns into one weight
+            taken.add(leaf)
+        if leaf not in (probe.target_modules or ()):
+            taken.add(leaf)
+    return taken
 
 
 def attach(
@@ -73,17 +106,11 @@ def attach(
     The initialization depends on `seed`, the model's structure and, with `initialization` (the one the model was loaded
     with), its weights alone, not on how many processes there are.
     """
-    matched = match_targets(model, config)
-    targets = config.targets
-    if targets == "all-linear":
-        targets = tuple(sorted({name.rpartition(".")[2] for name in matched}))
-    elif isinstance(targets, str):
-        targets = tuple(matched)  # PEFT would apply the expression to modules of every kind, and to the output head
     lora = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT annotates int, and takes any number
         lora_dropout=config.dropout,
-        target_modules=list(targets),
+        target_modules=_peft_targets(model, config),
         exclude_modules=_head_names(model),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
@@ -107,6 +134,15 @@ def attach(
             if isinstance(module, ModulesToSaveWrapper):
                 _compute_in_fp32(module.modules_to_save[NAME], compute_dtype)
     return peft_model
+
+
+def _peft_targets(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
+    """`config.targets` as PEFT takes them."""
+    matched = match_targets(model, config)
+    if config.targets == "all-linear":
+        return sorted({name.rpartition(".")[2] for name in matched})
+    # a string: PEFT would apply the expression to modules of every kind, and to the output head
+    return matched if isinstance(config.targets, str) else list(config.targets)
 
 
 def _train_in_fp32(model: PeftModel) -> None:
@@ -213,6 +249,10 @@ def _head_names(model: PreTrainedModel) -> list[str] | None:
 
 def _has_suffix(name: str, suffix: str) -> bool:
     return name == suffix or name.endswith("." + suffix)
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 
 from quantune.errors import ModelError
 from quantune.model import mini
-from quantune.recipe.schema import ModelConfig
+from quantune.model.adoption import quantization_of, require_same_format
+from quantune.recipe.schema import ModelConfig, QuantizationConfig
 
 BUILT_IN = {"builtin:mini": mini.PATH}
 
@@ -30,6 +31,8 @@ class Base:
     trust_remote_code: bool
     attn_implementation: str | None
     config: PretrainedConfig
+    stored: dict[str, Any] | None = None
+    """What its `config.json` says of its quantization, where the checkpoint is already quantized."""
     tokenizer: PreTrainedTokenizerBase
 
     @property
@@ -51,11 +54,14 @@ class Base:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
-def open_base(config: ModelConfig, *, allow_remote_code: bool = False) -> Base:
-    """Read the configuration and the tokenizer of a base model.
+def open_base(
+    config: ModelConfig, quantization: QuantizationConfig | None = None, *, allow_remote_code: bool = False
+) -> Base:
+    """Read the configuration and the tokenizer of a base model that is to be stored as `quantization` says.
 
     Raises:
-        ModelError: there is no such model, it can't be read, it is already quantized, or it needs code to be trusted.
+        ModelError: there is no such model, it can't be read, it is already quantized in another way than
+            `quantization` says, or it needs code to be trusted.
     """
     if config.trust_remote_code and not allow_remote_code:
         raise ModelError(
@@ -73,7 +79,10 @@ def open_base(config: ModelConfig, *, allow_remote_code: bool = False) -> Base:
         raise ModelError(
             f"[model] base = {json.dumps(config.base)} can't be opened: {_first_sentence(error)}"
         ) from error
-    _refuse_quantized(config.base, hf_config)
+    stored = quantization_of(hf_config)
+    if stored is not None:
+        require_same_format(config.base, stored, quantization)
+        del hf_config.quantization_config  # or transformers would load it in its own way
     if config.chat_template is not None:
         tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
     return Base(
@@ -83,6 +92,7 @@ def open_base(config: ModelConfig, *, allow_remote_code: bool = False) -> Base:
         trust_remote_code=config.trust_remote_code,
         attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
         config=hf_config,
+        stored=stored,
         tokenizer=tokenizer,
     )
 
@@ -98,18 +108,6 @@ def skeleton(base: Base) -> nn.Module:
             return AutoModelForCausalLM.from_config(base.config, trust_remote_code=base.trust_remote_code)
     except (ValueError, ImportError) as error:
         raise ModelError(f"{base.name} is not a causal language model that transformers knows: {error}") from error
-
-
-def _refuse_quantized(name: str, config: PretrainedConfig) -> None:
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is None:
-        return
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-    raise ModelError(
-        f"[model] base = {json.dumps(name)} is already quantized ({method or 'its config.json names no method'}); "
-        "expected a checkpoint in full precision, which quantune packs itself while loading. "
-        "Choose the unquantized base"
-    )
 
 
 def _first_sentence(error: Exception) -> str:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from quantune.backends import registry
 from quantune.errors import ModelError, QuantizationError
+from quantune.model.adoption import kept_modules
 from quantune.model.base import Base
 from quantune.model.device import lean_heap
 from quantune.model.initialization import Initialization
@@ -60,6 +61,13 @@ def load_model(
     plan = None
     if quantization is not None:
         plan = plan_quantization(quantization, compute_dtype, device, initialization)
+        if base.stored is not None:
+            if initialization is not None:
+                raise ModelError(
+                    f'[adapter] init = "{initialization.method}" changes the weights before they are packed, and '
+                    f'{base.name} is already quantized; use init = "default", or choose the unquantized base'
+                )
+            plan = attrs.evolve(plan, adopt=True, skip=(*plan.skip, *kept_modules(base.stored)))
     try:
         with lean_heap():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -86,7 +94,8 @@ def load_model(
     model.requires_grad_(False)
     model.eval()
     if quantization is not None:
-        _require_packed(model, quantization.skip)
+        assert plan is not None
+        _require_packed(model, plan.skip)
     if initialization is not None:
         _split_dense(model, initialization)
     return model

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantune.backends.backend import Backend, pack_weight
 from quantune.errors import QuantizationError
+from quantune.model.adoption import adopting_conversions
 from quantune.model.initialization import Initialization
 from quantune.model.names import matches_any
 from quantune.quantized import experts
@@ -37,6 +38,8 @@ class QuantizationPlan:
     options: Any
     skip: tuple[str, ...]
     compute_dtype: torch.dtype
+    adopt: bool = False
+    """The checkpoint is already in the backend's format: take it over."""
     initialization: Initialization | None = None
     """Takes the adapter's share out of the weights before they are packed."""
     workspace: Workspace = attrs.field(factory=Workspace)
@@ -63,8 +66,12 @@ class QuantizationPlan:
                 weight = self.initialization.split(name.removesuffix(".weight"), weight, round_trip)
             return pack_weight(self.backend, weight, self.options, name=name).data
         except QuantizationError as error:
-            self.failures.append(error)
-            raise
+            raise self.noted(error) from error
+
+    def noted(self, error: QuantizationError) -> QuantizationError:
+        """The error, remembered."""
+        self.failures.append(error)
+        return error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizationPlan:
         return self  # transformers copies configurations; the plan and its workspace are shared by the whole model
@@ -173,6 +180,10 @@ class QuantuneQuantizer(HfQuantizer):
 
     quantization_config: QuantuneConfig
 
+    def __init__(self, quantization_config: QuantuneConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.pre_quantized = quantization_config.plan.adopt
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         plan = self.quantization_config.plan
         problems: list[tuple[str, str]] = []
@@ -208,6 +219,8 @@ class QuantuneQuantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         plan = self.quantization_config.plan
+        if plan.adopt:
+            return adopting_conversions(weight_conversions, self, plan)
         return [_packing_experts(conversion, plan) for conversion in weight_conversions]
 
     def is_serializable(self) -> bool:

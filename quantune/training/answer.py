@@ -32,7 +32,7 @@ def answer(
         InputError: the base or the adapter can't be used.
     """
     device = choose_device("auto")
-    base = open_base(recipe.model, allow_remote_code=allow_remote_code)
+    base = open_base(recipe.model, recipe.quantization, allow_remote_code=allow_remote_code)
     trained_here = recipe.training.device == device.type
     dtype = DTYPES[choose_precision(recipe.training.precision if trained_here else "auto", device)]
     split = None

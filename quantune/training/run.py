@@ -66,9 +66,15 @@ def train(
         require_compiler(device)
 
     observer.phase("opening the base")
-    base = open_base(recipe.model, allow_remote_code=allow_remote_code)
+    base = open_base(recipe.model, recipe.quantization, allow_remote_code=allow_remote_code)
     meta = skeleton(base)
     adapter.match_targets(meta, recipe.adapter)
+    beside = adapter.left_out(meta) if recipe.adapter.targets == "all-linear" else []
+    if beside:
+        observer.warning(
+            f"all-linear leaves out {len(beside)} linear layers beside the experts, e.g. {beside[0]}: PEFT takes their "
+            "names for the experts' fused weights"
+        )
     vocabulary_size = meta.get_input_embeddings().num_embeddings  # type: ignore[operator]  # a transformers model
 
     observer.phase("reading the data")

@@ -3,14 +3,17 @@
 import pytest
 import torch
 from model.conftest import MIXTURES
+from peft import PeftModel
 from support import FORMATS, base_of, quantization
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from quantune.errors import QuantizationError
+from quantune.errors import ModelError, QuantizationError
+from quantune.model import adapter
 from quantune.model.load import load_model, module_table, packed_fingerprint, packed_weights
 from quantune.quantized import experts
 from quantune.quantized.linear import QuantLinear
+from quantune.recipe.schema import AdapterConfig
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(24).view(2, 12)
@@ -155,6 +158,32 @@ def test_a_damaged_expert_is_named(mixtures, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(QuantizationError, match=r"layers.1.mlp.experts.down_proj\[2\]: can't be packed, it holds NaN"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_an_adapter_on_all_linear_layers_leaves_the_experts_to_the_base(mixtures, name, tmp_path):
+    base = load(mixtures[name])
+    wanted = adapter.match_targets(base, AdapterConfig())
+    model = adapter.attach(base, AdapterConfig(r=2), base_name="b", seed=0)
+    adapted = [path for path, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")]
+    assert sorted(adapted) == sorted(wanted) and adapted
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert all(parameter.grad is not None for parameter in adapter.trainable_parameters(model).values())
+    adapter.save_adapter(model, tmp_path)
+    loaded = adapter.load_adapter(load(mixtures[name]), tmp_path)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(TOKENS).logits, loaded.eval()(TOKENS).logits)
+    dense = AutoModelForCausalLM.from_pretrained(mixtures[name], dtype=torch.float32)
+    assert len(PeftModel.from_pretrained(dense, tmp_path).targeted_module_names) == len(wanted)
+
+
+def test_names_that_peft_takes_for_experts_are_no_targets(mixtures):
+    """DeepSeek has dense and shared `up_proj` beside the experts; PEFT would adapt the experts in their place."""
+    base = load(mixtures["deepseek_v3"])
+    assert {name.rpartition(".")[2] for name in adapter.left_out(base)} == {"gate_proj", "up_proj", "down_proj"}
+    with pytest.raises(ModelError, match='PEFT takes "up_proj" for the fused weights'):
+        adapter.match_targets(base, AdapterConfig(targets=("q_b_proj", "up_proj")))
+    assert adapter.left_out(load(mixtures["gpt_oss"])) == []
 
 
 def test_experts_are_no_linear_layers():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -25,6 +25,18 @@ class Fp8Options:
         if len(self.block_size) != 2 or any(size < 1 for size in self.block_size):
             yield "block_size", f"expected two numbers greater than 0, found {list(self.block_size)}"
 
+    def checkpoint_problem(self, quantization_config: Mapping[str, Any]) -> str | None:
+        """What of a checkpoint's own quantization does not fit: blocks of another size, or none."""
+        stored = quantization_config.get("weight_block_size")
+        if stored is None:
+            return "it has one scale per weight, where fp8 has one per block; choose the unquantized base"
+        if list(stored) != list(self.block_size):
+            return (
+                f"it has blocks of {list(stored)}, where the recipe has {list(self.block_size)}; set block_size = "
+                + (str(list(stored)))
+            )
+        return None
+
 
 def _load() -> Backend:
     from quantune.backends.fp8.formats import Fp8Backend
@@ -36,6 +48,7 @@ description = BackendDescription(
     name="fp8",
     summary="8-bit floats (e4m3), a scale per 128 x 128 block; DeepSeek's format",
     weight_dtypes=(),
+    adopts=("fp8",),
     bits_per_weight={"fp8": 8.002},
     options=Fp8Options,
     probe=lambda: Probe(available=True, devices=("cpu", "cuda")),

@@ -7,7 +7,7 @@ the edges are cut off: 576 rows have 5 rows of factors, the last one for 64 rows
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -89,6 +89,20 @@ class Fp8Backend(Backend):
         if codes.dtype == torch.float8_e4m3fn and ((codes.view(torch.uint8) & NOT_A_NUMBER) == NOT_A_NUMBER).any():
             raise QuantizationError("holds codes that are not numbers; the checkpoint is damaged")
         return {"weight": codes, "weight_scale_inv": scale_inv.float()}  # bf16 and ue8m0 scales are exact in fp32
+
+    def checkpoint_names(self, parameter: str) -> Mapping[str, str]:
+        return {"weight": parameter, "weight_scale_inv": f"{parameter}_scale_inv"}
+
+    def stack_rows(self, parts: Sequence[Mapping[str, Tensor]], options: Fp8Options) -> Mapping[str, Tensor]:
+        block_rows = options.block_size[0]
+        rows = [part["weight"].shape[0] for part in parts]
+        if any(count % block_rows for count in rows[:-1]):
+            raise QuantizationError(
+                f"its parts of {' and '.join(map(str, rows))} rows don't fill blocks of {block_rows}, so stacked, the "
+                "blocks would shift. Choose the unquantized base"
+            )
+        codes = torch.cat([part["weight"].view(torch.uint8) for part in parts]).view(torch.float8_e4m3fn)
+        return {"weight": codes, "weight_scale_inv": torch.cat([part["weight_scale_inv"].float() for part in parts])}
 
 
 def _grid(shape: tuple[int, int], options: Fp8Options) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -16,6 +17,10 @@ if TYPE_CHECKING:
 class Mxfp4Options:
     """Options of the mxfp4 backend: the format leaves none."""
 
+    def checkpoint_problem(self, quantization_config: Mapping[str, Any]) -> str | None:
+        """What of a checkpoint's own quantization does not fit: nothing, the format has no parameters."""
+        return None
+
 
 def _load() -> Backend:
     from quantune.backends.mxfp4.formats import Mxfp4Backend
@@ -27,6 +32,7 @@ description = BackendDescription(
     name="mxfp4",
     summary="OCP microscaling: 4-bit floats (E2M1), a power of two as scale per 32; gpt-oss' format",
     weight_dtypes=(),
+    adopts=("mxfp4",),
     bits_per_weight={"mxfp4": 4.25},
     options=Mxfp4Options,
     probe=lambda: Probe(available=True, devices=("cpu", "cuda")),

@@ -10,7 +10,7 @@ A checkpoint (gpt-oss) holds a weight as blocks, uint8 (out features, in feature
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -86,6 +86,12 @@ class Mxfp4Backend(Backend):
         if (tensors["scales"] == NOT_A_SCALE).any():
             raise QuantizationError("holds a scale that is not a number; the checkpoint is damaged")
         return {"blocks": blocks.flatten(1), "scales": tensors["scales"]}
+
+    def checkpoint_names(self, parameter: str) -> Mapping[str, str]:
+        return {"blocks": f"{parameter}_blocks", "scales": f"{parameter}_scales"}
+
+    def stack_rows(self, parts: Sequence[Mapping[str, Tensor]], options: Mxfp4Options) -> Mapping[str, Tensor]:
+        return {name: torch.cat([part[name] for part in parts]) for name in ("blocks", "scales")}
 
 
 @lru_cache

@@ -1,0 +1,218 @@
+"""Taking over a checkpoint that is already in a backend's format, bit for bit.
+
+The checkpoint's tensors become packed bytes without passing through full precision. What the checkpoint itself keeps in
+full precision stays so; layers that the recipe skips are dequantized, once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
+from transformers.quantizers import HfQuantizer
+
+from quantune.backends import registry
+from quantune.backends.backend import adopt_weight
+from quantune.errors import ModelError, QuantizationError
+from quantune.quantized import experts
+from quantune.quantized.linear import QuantLinear, WeightFormat
+from quantune.recipe.schema import QuantizationConfig
+
+if TYPE_CHECKING:
+    from quantune.model.quantizer import QuantizationPlan
+
+
+def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:
+    """What a checkpoint's `config.json` says of its quantization; None where it says nothing."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    return dict(found) if isinstance(found, Mapping) else found.to_dict()
+
+
+def require_same_format(base: str, stored: Mapping[str, Any], quantization: QuantizationConfig | None) -> None:
+    """Require that the recipe's backend takes over what the checkpoint holds.
+
+    Raises:
+        ModelError: it is quantized in another way, or the recipe quantizes nothing; says the way out.
+    """
+    method = stored.get("quant_method")
+    name = json.dumps(base)
+    found = f"[model] base = {name} is already quantized ({method or 'its config.json names no method'})"
+    adopting = [backend for backend in registry.BUILT_IN if method in registry.describe(backend).adopts]
+    wanted = None if quantization is None else quantization.backend
+    if quantization is None or method not in registry.describe(quantization.backend).adopts:
+        ways_out = [f'take it over as it is with [quantization] backend = "{backend}"' for backend in adopting]
+        asked = "the recipe has no [quantization]" if wanted is None else f'the recipe asks for backend = "{wanted}"'
+        raise ModelError(f"{found}, and {asked}; {' or '.join([*ways_out, 'choose the unquantized base'])}")
+    problem = quantization.options.checkpoint_problem(stored)
+    if problem is not None:
+        raise ModelError(f"{found}, and {problem}")
+
+
+def kept_modules(stored: Mapping[str, Any]) -> tuple[str, ...]:
+    """Modules that the checkpoint keeps in full precision, as patterns of `skip`."""
+    return tuple(stored.get("modules_to_not_convert") or ())
+
+
+class AdoptWeight(ConversionOps):
+    """Take over one weight: a linear layer's, or experts that the checkpoint stores fused."""
+
+    def __init__(self, quantizer: HfQuantizer, plan: QuantizationPlan, parameter: str) -> None:
+        self.hf_quantizer = quantizer  # by this attribute transformers knows to leave the tensors in their dtypes
+        self.plan = plan
+        self.parts = {name: part for part, name in plan.backend.checkpoint_names(parameter).items()}
+        """The backend's name for each tensor of the checkpoint."""
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]  # called with full_layer_name and model by keyword
+        self,
+        input_dict: dict[str, Tensor | list[Tensor]],
+        source_patterns: list[str] | None = None,
+        target_patterns: list[str] | None = None,
+        *,
+        full_layer_name: str = "",
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """Replace the tensors of one weight by its bytes, under `full_layer_name`."""
+        assert model is not None
+        module_name, _, leaf = full_layer_name.rpartition(".")
+        module = model.get_submodule(module_name)
+        tensors = {_leaf(key): value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        if leaf in tensors and len(tensors) == 1 and tensors[leaf].dtype.itemsize > 1:  # kept in full precision there
+            return {full_layer_name: _dense(tensors[leaf], module, leaf, self.plan, full_layer_name)}
+        found = {self.parts.get(name, name): tensor for name, tensor in tensors.items()}
+        if experts.is_experts(module):
+            count = module.num_experts
+            each = [{part: tensor[index] for part, tensor in found.items()} for index in range(count)]  # type: ignore[arg-type]
+            return {full_layer_name: _stacked(each, module, leaf, self.plan, full_layer_name)}
+        assert isinstance(module, nn.Linear)
+        weight_format = module.weight_format if isinstance(module, QuantLinear) else None
+        shape = (module.out_features, module.in_features)
+        return {full_layer_name: _adopted(found, shape, weight_format, self.plan, full_layer_name)}
+
+
+class AdoptExperts(ConversionOps):
+    """Take over experts that the checkpoint stores one by one, fusing the quantized gate and up as they are."""
+
+    def __init__(self, quantizer: HfQuantizer, plan: QuantizationPlan, sources: list[str]) -> None:
+        self.hf_quantizer = quantizer
+        self.plan = plan
+        self.sources = sources
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]  # called with full_layer_name and model by keyword
+        self,
+        input_dict: dict[str, list[Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        *,
+        full_layer_name: str = "",
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """The bytes of all experts, shape (experts, bytes), under the target pattern."""
+        assert model is not None
+        module_name, _, leaf = full_layer_name.rpartition(".")
+        module = model.get_submodule(module_name)
+        each = []
+        for index in range(len(input_dict[self.sources[0]])):
+            parts = [
+                {
+                    part: input_dict[name][index]
+                    for part, name in self.plan.backend.checkpoint_names(source).items()
+                    if name in input_dict
+                }
+                for source in self.sources
+            ]
+            each.append(self._joined(parts, full_layer_name))
+        return {target_patterns[0]: _stacked(each, module, leaf, self.plan, full_layer_name)}
+
+    def _joined(self, parts: list[dict[str, Tensor]], name: str) -> dict[str, Tensor]:
+        """The tensors of weights that are stacked by rows."""
+        if len(parts) == 1:
+            return parts[0]
+        try:
+            return dict(self.plan.backend.stack_rows(parts, self.plan.options))
+        except QuantizationError as error:
+            raise self.plan.noted(QuantizationError(f"{name}: {error}")) from error
+
+
+def adopting_conversions(conversions: list[Any], quantizer: HfQuantizer, plan: QuantizationPlan) -> list[Any]:
+    """The architecture's conversions with the checkpoint's quantized tensors in place of dense ones."""
+    made = []
+    for conversion in conversions:
+        if isinstance(conversion, WeightConverter):
+            sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+            leaf = targets[0].rpartition(".")[2]
+            if len(targets) == 1 and leaf in experts.PROJECTIONS and _stacks_rows(conversion.operations):
+                names = [name for source in sources for name in plan.backend.checkpoint_names(source).values()]
+                operations = [AdoptExperts(quantizer, plan, list(sources))]
+                conversion = conversion.copy(names, targets, operations=operations)
+        made.append(conversion)
+    for name in (*experts.PROJECTIONS, "weight"):
+        names = list(plan.backend.checkpoint_names(name).values())
+        # a plain `down_proj` as pattern would catch the linear layer `down_proj.weight` too
+        if name == "weight" or name not in names:
+            made.append(WeightConverter(names, name, [AdoptWeight(quantizer, plan, name)]))
+    return made
+
+
+def _stacks_rows(operations: list[ConversionOps]) -> bool:
+    """Whether operations on experts merely stack them, gate above up."""
+    kinds = [type(operation) for operation in operations]
+    if kinds == [MergeModulelist]:
+        return True
+    return kinds == [MergeModulelist, Concatenate] and operations[1].dim == 1  # type: ignore[attr-defined]
+
+
+def _stacked(each: list[dict[str, Tensor]], module: nn.Module, leaf: str, plan: QuantizationPlan, name: str) -> Tensor:
+    weight_format = experts.weight_formats(module).get(leaf)
+    if weight_format is not None:
+        shape = weight_format.layout.shape
+    else:
+        shape = experts.expert_shape(module, module.get_parameter(leaf))
+    weights = [_adopted(one, shape, weight_format, plan, f"{name}[{index}]") for index, one in enumerate(each)]
+    if weight_format is None:
+        weights = [experts.as_rows(module, weight) for weight in weights]
+    return _parameter(torch.stack(weights))
+
+
+def _adopted(
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    weight_format: WeightFormat | None,
+    plan: QuantizationPlan,
+    name: str,
+) -> Tensor:
+    """The bytes of one weight, or, for a layer that the recipe skips, the weight itself."""
+    try:
+        packed = adopt_weight(plan.backend, tensors, shape, plan.compute_dtype, plan.options, name=name)
+    except QuantizationError as error:
+        raise plan.noted(error) from error
+    if weight_format is None:
+        return _parameter(plan.backend.dequantize(packed, plan.compute_dtype))
+    return _parameter(packed.data)
+
+
+def _dense(weight: Tensor, module: nn.Module, leaf: str, plan: QuantizationPlan, name: str) -> Tensor:
+    """A weight that the checkpoint keeps in full precision, packed if the recipe says so."""
+    if isinstance(module, QuantLinear):
+        return _parameter(plan.pack(weight.to(plan.compute_dtype), name))
+    return weight.to(module.get_parameter(leaf).dtype)
+
+
+def _parameter(data: Tensor) -> Tensor:
+    parameter = nn.Parameter(data, requires_grad=False)
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # an attribute of transformers' own
+    return parameter
+
+
+def _leaf(key: str) -> str:
+    return key.rpartition(".")[2]

@@ -1,0 +1,220 @@
+"""Checkpoints that are already in a backend's format are taken over bit for bit."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from model.conftest import HEADS, SIZES
+from safetensors.torch import load_file, save_file
+from support import base_of, quantization
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import Mxfp4Config as TransformersMxfp4Config
+
+from quantune.backends import registry
+from quantune.backends.backend import adopt_weight, pack_weight
+from quantune.errors import ModelError, QuantizationError
+from quantune.model import adapter
+from quantune.model.adoption import quantization_of, require_same_format
+from quantune.model.base import Base
+from quantune.model.load import load_model
+from quantune.quantized import experts
+from quantune.quantized.linear import QuantLinear
+from quantune.recipe.schema import AdapterConfig
+
+CPU = torch.device("cpu")
+TOKENS = torch.arange(24).view(2, 12)
+
+
+def backend(name):
+    return registry.load_backend(registry.describe(name))
+
+
+def rewrite(source, folder, change, quantization_config):
+    """A copy of a checkpoint with other tensors and a quantization in its config."""
+    shutil.copytree(source, folder)
+    tensors = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        tensors.update(change(name, tensor))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = quantization_config
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt_oss_mxfp4(mixtures, tmp_path_factory):
+    """gpt-oss as it is published: experts in MXFP4 blocks and scales, everything else in bf16."""
+    packer, options = backend("mxfp4"), registry.options_of("mxfp4")()
+
+    def change(name, tensor):
+        if tensor.dim() != 3:
+            return {name: tensor}
+        each = [packer.export(pack_weight(packer, expert.T, options)) for expert in tensor]  # rows are out features
+        return {f"{name}_{part}": torch.stack([one[part] for one in each]) for part in ("blocks", "scales")}
+
+    config = {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router", "embed_tokens", "lm_head"]}
+    return rewrite(mixtures["gpt_oss"], tmp_path_factory.mktemp("gpt_oss") / "mxfp4", change, config)
+
+
+def quantize_fp8(name, tensor):
+    """The tensors of a weight as DeepSeek's checkpoints hold them."""
+    packer, options = backend("fp8"), registry.options_of("fp8")()
+    if tensor.dim() != 2 or "proj" not in name:
+        return {name: tensor}
+    found = packer.export(pack_weight(packer, tensor.float(), options))
+    return {name: found["weight"].clone(), f"{name}_scale_inv": found["weight_scale_inv"].clone()}
+
+
+@pytest.fixture(scope="module")
+def deepseek_fp8(tmp_path_factory):
+    """DeepSeek-V3 with fp8 blocks; rows and columns of linear layers that are no multiple of 128."""
+    config = DeepseekV3Config(
+        **{**SIZES, **HEADS, "hidden_size": 320, "num_key_value_heads": 4},
+        moe_intermediate_size=128,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+        q_lora_rank=160,
+        kv_lora_rank=96,
+        qk_rope_head_dim=32,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+    )
+    torch.manual_seed(0)
+    model = DeepseekV3ForCausalLM(config).to(torch.bfloat16)
+    source = tmp_path_factory.mktemp("deepseek") / "bf16"
+    model.save_pretrained(source)
+    stored = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
+    return rewrite(source, source.parent / "fp8", quantize_fp8, stored)
+
+
+def opened(folder):
+    """The base in a folder as `open_base` gives it, without a tokenizer."""
+    found = base_of(folder)
+    stored = quantization_of(found.config)
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    values = {name: getattr(found, name) for name in ("name", "source", "revision", "trust_remote_code", "tokenizer")}
+    return Base(**values, attn_implementation=None, config=config, stored=stored)
+
+
+def load(folder, backend, **plan):
+    return load_model(opened(folder), quantization(backend=backend, **plan), compute_dtype=torch.float32, device=CPU)
+
+
+def test_gpt_oss_answers_as_transformers_does_when_it_dequantizes(gpt_oss_mxfp4):
+    model = load(gpt_oss_mxfp4, "mxfp4")
+    reference = AutoModelForCausalLM.from_pretrained(
+        gpt_oss_mxfp4,
+        dtype=torch.bfloat16,
+        quantization_config=TransformersMxfp4Config(dequantize=True),
+        experts_implementation="eager",
+    ).float()
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, reference(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_gpt_oss_experts_hold_the_checkpoints_own_bytes(gpt_oss_mxfp4):
+    model = load(gpt_oss_mxfp4, "mxfp4")
+    tensors = load_file(gpt_oss_mxfp4 / "model.safetensors")
+    for name, module in model.named_modules():
+        for leaf, weight_format in experts.weight_formats(module).items():
+            for index in range(4):
+                views = weight_format.layout.views(module.get_parameter(leaf)[index])
+                stored = {part: tensors[f"{name}.{leaf}_{part}"][index] for part in ("blocks", "scales")}
+                assert torch.equal(views["blocks"], stored["blocks"].flatten(1))
+                assert torch.equal(views["scales"], stored["scales"])
+    attention = model.model.layers[0].self_attn.q_proj
+    assert type(attention) is torch.nn.Linear  # the checkpoint keeps it in full precision
+
+
+def test_fp8_blocks_are_taken_over_for_linear_layers_and_experts(deepseek_fp8):
+    model = load(deepseek_fp8, "fp8")
+    tensors = load_file(deepseek_fp8 / "model.safetensors")
+    options = registry.options_of("fp8")()
+
+    def dense(name):
+        parts = {"weight": tensors[name], "weight_scale_inv": tensors[f"{name}_scale_inv"]}
+        packed = adopt_weight(backend("fp8"), parts, tuple(tensors[name].shape), torch.float32, options)
+        return backend("fp8").dequantize(packed, torch.float32)
+
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    assert any("kv_a_proj_with_mqa" in name for name in linears)  # 128 rows of 320: a ragged block
+    for name, module in linears.items():
+        assert torch.equal(module.dequantize(), dense(f"{name}.weight"))
+    mixture = model.model.layers[1].mlp.experts
+    for index in range(4):
+        prefix = f"model.layers.1.mlp.experts.{index}"
+        both = torch.cat([dense(f"{prefix}.gate_proj.weight"), dense(f"{prefix}.up_proj.weight")])
+        assert torch.equal(experts.dequantize_expert(mixture, "gate_up_proj", index, torch.float32), both)
+        down = experts.dequantize_expert(mixture, "down_proj", index, torch.float32)
+        assert torch.equal(down, dense(f"{prefix}.down_proj.weight"))
+    with torch.no_grad():
+        assert model(TOKENS).logits.isfinite().all()
+
+
+def test_an_adopted_base_trains(deepseek_fp8):
+    model = adapter.attach(load(deepseek_fp8, "fp8"), AdapterConfig(r=4), base_name="b", seed=0)
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert all(parameter.grad is not None for parameter in adapter.trainable_parameters(model).values())
+
+
+def test_layers_the_recipe_skips_are_dequantized(deepseek_fp8):
+    packed, partly = load(deepseek_fp8, "fp8"), load(deepseek_fp8, "fp8", skip=["layers.0", "experts"])
+    down = partly.model.layers[0].mlp.down_proj
+    assert type(down) is torch.nn.Linear
+    assert torch.equal(down.weight, packed.model.layers[0].mlp.down_proj.dequantize())
+    assert not experts.weight_formats(partly.model.layers[1].mlp.experts)
+    with torch.no_grad():
+        torch.testing.assert_close(partly(TOKENS).logits, packed(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_what_the_checkpoint_keeps_dense_and_the_recipe_packs_is_packed(deepseek_fp8, tmp_path):
+    """A layer of a quantized checkpoint that is in bf16 after all, without being named as such."""
+    tensors = load_file(deepseek_fp8 / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    shutil.copytree(deepseek_fp8, tmp_path / "mixed")
+    tensors[name] = tensors[name].float().bfloat16()
+    del tensors[f"{name}_scale_inv"]
+    save_file(tensors, tmp_path / "mixed" / "model.safetensors", metadata={"format": "pt"})
+    model = load(tmp_path / "mixed", "fp8")
+    assert isinstance(model.model.layers[0].mlp.up_proj, QuantLinear)
+
+
+def test_scales_of_another_grid_are_refused_by_name(deepseek_fp8, tmp_path):
+    tensors = load_file(deepseek_fp8 / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.weight_scale_inv"
+    tensors[name] = torch.ones(9, 9)
+    shutil.copytree(deepseek_fp8, tmp_path / "damaged")
+    save_file(tensors, tmp_path / "damaged" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        QuantizationError, match=r"layers.0.self_attn.o_proj.weight: expected .* scales .* found \(9, 9\)"
+    ):
+        load(tmp_path / "damaged", "fp8")
+
+
+@pytest.mark.parametrize(
+    ("stored", "plan", "message"),
+    [
+        ({"quant_method": "mxfp4"}, {"backend": "bnb"}, r'asks for backend = "bnb"; take it over .* backend = "mxfp4"'),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, None, r'no \[quantization\]; .* backend = "fp8"'),
+        ({"quant_method": "gptq"}, {"backend": "mxfp4"}, r"quantized \(gptq\).*; choose the unquantized base"),
+        ({}, {"backend": "fp8"}, "its config.json names no method"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, {"backend": "fp8"}, r"set block_size = \[64, 64\]"),
+        ({"quant_method": "fp8"}, {"backend": "fp8"}, "one scale per weight"),
+    ],
+)
+def test_a_checkpoint_in_another_format_is_refused_with_the_way_out(stored, plan, message):
+    with pytest.raises(ModelError, match=message):
+        require_same_format("some/base", stored, None if plan is None else quantization(**plan))
+
+
+def test_an_initialization_that_changes_weights_is_refused(deepseek_fp8):
+    base = opened(deepseek_fp8)
+    split = adapter.build_initialization(load(deepseek_fp8, "fp8"), AdapterConfig(init="pissa"), seed=0)
+    with pytest.raises(ModelError, match=r'init = "pissa" changes the weights before they are packed'):
+        load_model(base, quantization(backend="fp8"), compute_dtype=torch.float32, device=CPU, initialization=split)
