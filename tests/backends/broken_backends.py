@@ -42,6 +42,8 @@ class Broken:
 
 
 BROKEN: dict[str, Broken] = {}
+DESCRIBED: set[str] = set()
+"""Those whose description is broken, not their format."""
 
 
 def case_of(made: BackendDescription, options: Any = None) -> Case:
@@ -66,6 +68,7 @@ def described(title: str, *fails: Any, says: str, options: Any = None, **changes
     """Register a broken description of a sound backend."""
     if options is not None:
         changes["options"] = type(options)
+    DESCRIBED.add(title)
     BROKEN[title] = Broken(case=case_of(attrs.evolve(description, **changes), options), fails=fails, says=says)
 
 
