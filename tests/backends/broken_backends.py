@@ -552,9 +552,9 @@ described(
 )
 described("a backend of another name", "its_backend_has_the_same_name", says="found 'tiny'", name="other")
 described("a class instead of a backend", BOUND, ..., says="load() must return an instance", load=lambda: TinyBackend)
-described("importing torch", NO_TORCH, says="found: importing it imports torch", options=OptionsHere())
+described("importing torch", NO_TORCH, says="Found: importing it imports torch", options=OptionsHere())
 BROKEN["probing with torch"] = Broken(
-    case=case_of(probing_with_torch), fails=(NO_TORCH,), says="found: probe() imports torch"
+    case=case_of(probing_with_torch), fails=(NO_TORCH,), says="Found: probe() imports torch"
 )
 
 

@@ -83,3 +83,22 @@ def test_a_broken_backend_fails_for_its_own_reason(title, results):
 def test_the_backend_they_come_from_passes(results):
     assert results.passed["sound"] > 30
     assert "sound" not in results.failed
+
+
+def test_a_class_without_its_fixture_is_told_what_to_write(tmp_path):
+    path = tmp_path / "test_mine.py"
+    path.write_text(
+        "from quantune.testing import BackendConformance\n\nclass TestMine(BackendConformance):\n    pass\n"
+    )
+    said = []
+
+    class Plugin:
+        def pytest_runtest_logreport(self, report):
+            if report.failed:
+                said.append(report.longreprtext)
+
+    pytest.main([f"{path}::TestMine::test_its_name_is_plain", "-q", "-p", "no:cacheprovider"], plugins=[Plugin()])
+    assert said == [
+        "TestMine lacks its fixture: write a method `case`, decorated with @pytest.fixture, that returns "
+        "quantune.testing.Case(description=..., options=..., error=...)"
+    ]

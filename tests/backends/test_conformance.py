@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from quantune.backends import bnb, fp8, mxfp4, torchao
@@ -45,3 +48,22 @@ class TestBuiltIn(BackendConformance):
     @pytest.fixture(params=CASES.values(), ids=CASES.keys())
     def case(self, request):
         return request.param
+
+
+def test_without_pytest_the_kit_says_what_to_install():
+    script = "import sys; sys.modules['pytest'] = None; import quantune.testing"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    said = done.stderr.strip().splitlines()[-1]
+    assert said.startswith("ImportError: quantune.testing runs under pytest") and "pip install pytest" in said
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"error": 1.0}, "expected a bound from 0 to less than 1, which zeros would keep, found 1.0"),
+        ({"error": 0.1, "errors": {"hugh": 1.0}}, "expected kinds among normal, outliers, .* found hugh"),
+    ],
+)
+def test_a_case_that_says_nothing_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        Case(description=mxfp4.description, options=Mxfp4Options(), **given)
