@@ -8,6 +8,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -169,7 +170,8 @@ class TwoRanks:
 def _serve(rank: int, folder: str, connection: Connection) -> None:
     """Take jobs until the connection closes."""
     torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name may not resolve
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
