@@ -9,9 +9,11 @@ import typer
 from rich.markup import escape
 
 from quantune.backends import registry
+from quantune.cli import compare
 from quantune.cli.console import out, table
 
 app = typer.Typer(help="What can quantize here, what cannot, and why.", no_args_is_help=True)
+app.command("compare")(compare.compare)
 
 
 @app.callback()
