@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from quantune.cli.console import err, out, quiet_libraries, size, table
+from quantune.cli.console import err, out, quiet_libraries, table
 from quantune.comparison import chart, formats
 from quantune.comparison.rows import UNQUANTIZED
 from quantune.comparison.text import MAX_TOKENS, MIN_TOKENS, built_in_text, read_text
@@ -23,6 +23,12 @@ from quantune.recipe.schema import ModelConfig
 
 if TYPE_CHECKING:
     from quantune.comparison.rows import Comparison, FormatRow
+
+
+NARROW = (0, 0, 0, 1)
+"""Padding with which both tables fit into 80 columns."""
+DEQUANTIZE = (">dequant\nms/M", ">mem-\ncpys")
+"""Headers: the time of dequantizing a million weights, and the same in memcpys."""
 
 
 class Device(str, Enum):
@@ -129,19 +135,16 @@ class ConsoleObserver:
     def row(self, row: FormatRow) -> None:
         self.bar.advance(self.task)
         if not self.quiet and not err.is_terminal:
-            err.print(escape(f"{row.format}: {row.problem or 'measured'}"))
+            err.print(escape(f"{row.format}: {_in_short(row)}"))
 
 
 def print_comparison(comparison: Comparison) -> None:
     """The figures as two tables, on standard output."""
     setting = comparison.setting
-    reference = comparison.rows[0]
-    shown = table(
-        *("format", ">bits", ">size", ">error", ">SNR dB", ">perplexity", ">KL"),
-        *(">dequantize ms/M", ">memcpys", ">tokens/s", ">speed"),
-    )
+    shown = table(*("format", ">bits", ">error", ">SNR\ndB", ">perplexity", ">KL", *DEQUANTIZE, ">tokens\n/s"))
+    shown.padding = NARROW
     for row in comparison.rows:
-        shown.add_row(escape(row.format), *_cells(row, reference))
+        shown.add_row(escape(row.format), *_cells(row))
     out.print(shown)
     for row in comparison.rows:
         if row.problem:
@@ -150,6 +153,7 @@ def print_comparison(comparison: Comparison) -> None:
     if measured:
         kinds = list(dict.fromkeys(kind.kind for row in measured for kind in row.kinds))
         errors = table("relative error", *(f">{escape(kind)}" for kind in kinds))
+        errors.padding = NARROW
         for row in measured:
             of_kind = {kind.kind: f"{kind.relative_error:.2%}" for kind in row.kinds}
             errors.add_row(escape(row.format), *(of_kind.get(kind, "-") for kind in kinds))
@@ -163,25 +167,33 @@ def print_comparison(comparison: Comparison) -> None:
     )
 
 
-def _cells(row: FormatRow, reference: FormatRow) -> list[str]:
+def _cells(row: FormatRow) -> list[str]:
     """A row's figures as text, those it lacks as dashes."""
-    if row.weights is None or row.outputs is None or row.training is None or row.model_bytes is None:
-        return ["-"] * 10
+    if row.weights is None or row.outputs is None or row.training is None:
+        return ["-"] * 8
     exact = row.format == UNQUANTIZED
     snr = row.weights.snr_db
-    assert reference.training is not None
     return [
         f"{row.weights.bits_per_weight:.2f}",
-        size(row.model_bytes),
         "-" if exact else f"{row.weights.relative_error:.2%}",
         "-" if snr is None else f"{snr:.1f}",
         f"{row.outputs.perplexity:.2f}",
-        "-" if exact else f"{row.outputs.kl:.2g}",
+        "-" if exact else _kl(row.outputs.kl),
         "-" if row.dequantize is None else f"{row.dequantize.ms_per_million:.2f}",
         "-" if row.dequantize is None else f"{row.dequantize.memcpys:.1f}",
         f"{row.training.tokens_per_second:,.0f}",
-        f"{row.training.tokens_per_second / reference.training.tokens_per_second:.2f}x",
     ]
+
+
+def _in_short(row: FormatRow) -> str:
+    if row.weights is None or row.outputs is None:
+        return row.problem or "not measured"
+    bits, perplexity = row.weights.bits_per_weight, row.outputs.perplexity
+    return f"{bits:.2f} bits, perplexity {perplexity:.2f}, KL {_kl(row.outputs.kl)}"
+
+
+def _kl(kl: float) -> str:
+    return f"{kl:.5f}" if kl >= 1e-4 or kl == 0 else f"{kl:.1e}"
 
 
 def _base(model: str) -> str:

@@ -66,7 +66,7 @@ class TrainingFigures:
     """The time of a training step: forward, backward and AdamW over a LoRA adapter on all linear layers."""
 
     seconds: float
-    """The median of the timed steps."""
+    """The best of the timed steps."""
     tokens_per_second: float
 
 
