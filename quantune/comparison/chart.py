@@ -15,12 +15,27 @@ WIDTH, HEIGHT = 760, 480
 LEFT, RIGHT, TOP, BOTTOM = 84, 120, 58, 62
 SMALLEST_KL = 1e-9
 """What a format is drawn at whose divergence is lost in rounding: a logarithmic axis has no zero."""
-LINE_HEIGHT = 15
+RADIUS = 4.5
+LINE_HEIGHT, CHARACTER_WIDTH = 15, 7
 STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#24292f}.title{font-size:15px;font-weight:600}.note{fill:#57606a}"
     ".grid{stroke:#d8dee4}.axis{stroke:#57606a}.dot{fill:#0969da}"
 )
 NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+class Box(NamedTuple):
+    """A rectangle that is drawn on."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def overlaps(self, other: Box) -> bool:
+        """Whether the two share an area."""
+        apart = self.right <= other.left or other.right <= self.left
+        return not (apart or self.bottom <= other.top or other.bottom <= self.top)
 
 
 class Point(NamedTuple):
@@ -94,26 +109,26 @@ def _plot(points: Sequence[Point]) -> list[str]:
         f'<text x="20" y="{middle}" text-anchor="middle" transform="rotate(-90 20 {middle})">'
         "KL from the unquantized model, nats per token</text>",
     ]
-    placed: list[tuple[float, float]] = []
-    for point in sorted(points, key=lambda point: (-point.kl, point.name)):
-        across, up = x(point.bits), y(point.kl)
-        label = _label_height(across, up, placed)
-        placed.append((across, label))
-        parts.append(f'<circle class="dot" cx="{across:.1f}" cy="{up:.1f}" r="4.5"/>')
-        if label - up > LINE_HEIGHT / 2:
-            parts.append(
-                f'<line class="grid" x1="{across + 4:.1f}" y1="{up:.1f}" x2="{across + 8:.1f}" y2="{label:.1f}"/>'
-            )
-        parts.append(f'<text x="{across + 10:.1f}" y="{label + 4:.1f}">{_text(point.name)}</text>')
+    dots = [(x(point.bits), y(point.kl), point.name) for point in points]
+    taken = [Box(across - RADIUS, up - RADIUS, across + RADIUS, up + RADIUS) for across, up, _ in dots]
+    for across, up, name in sorted(dots, reverse=True):  # from the right, where there is room
+        label = _place_label(across, up, name, taken)
+        taken.append(label)
+        middle_of_label = (label.top + label.bottom) / 2
+        parts.append(f'<circle class="dot" cx="{across:.1f}" cy="{up:.1f}" r="{RADIUS}"/>')
+        if abs(middle_of_label - up) > LINE_HEIGHT / 2:
+            end_of_line = f'x2="{label.left - 2:.1f}" y2="{middle_of_label:.1f}"'
+            parts.append(f'<line class="axis" x1="{across:.1f}" y1="{up:.1f}" {end_of_line}/>')
+        parts.append(f'<text x="{label.left:.1f}" y="{middle_of_label + 4:.1f}">{_text(name)}</text>')
     return parts
 
 
-def _label_height(across: float, up: float, placed: Sequence[tuple[float, float]]) -> float:
-    """Where a label is clear of those placed already, the topmost first: at its dot or below it."""
-    for other_across, other in sorted(placed, key=lambda place: place[1]):
-        if abs(other_across - across) < RIGHT and abs(other - up) < LINE_HEIGHT:
-            up = other + LINE_HEIGHT
-    return up
+def _place_label(across: float, up: float, name: str, taken: Sequence[Box]) -> Box:
+    """The place to the right of a dot, nearest to its height, that is clear of dots and other labels."""
+    left, right = across + 2 * RADIUS, across + 2 * RADIUS + CHARACTER_WIDTH * len(name)
+    heights = sorted(range(TOP, HEIGHT - BOTTOM), key=lambda height: abs(height - up))
+    places = [Box(left, height - LINE_HEIGHT / 2, right, height + LINE_HEIGHT / 2) for height in heights]
+    return next((place for place in places if not any(place.overlaps(other) for other in taken)), places[0])
 
 
 def _title(comparison: Comparison) -> str:
