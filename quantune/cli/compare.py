@@ -93,7 +93,7 @@ def compare(
     if chart_file is not None:
         _write_chart(comparison, chart_file)
     if as_json:
-        out.print_json(json.dumps(comparison.as_dict(), allow_nan=False))
+        out.print_json(json.dumps(comparison.as_dict(), allow_nan=False, default=str))
     else:
         print_comparison(comparison)
         if chart_file is not None:

@@ -70,7 +70,7 @@ def output_figures(found: Predictions, reference: Predictions, targets_N: Tensor
         p = log_p.exp()
         terms = torch.where(p > 0, log_p.sub_(log_q).mul_(p), 0.0)  # some models mask tokens with -inf
         kl += float(terms.sum(dim=-1).double().sum())
-    if not math.isfinite(loss) or math.isnan(kl):
+    if not (math.isfinite(loss) and math.isfinite(kl)):
         raise QuantizationError("the model's outputs are NaN or infinite")
     return OutputFigures(loss=loss / len(targets_N), kl=max(0.0, kl / len(targets_N)))  # rounding may leave it below 0
 

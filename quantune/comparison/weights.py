@@ -32,6 +32,8 @@ class PackedParameter:
     weight_format: WeightFormat
     data_EB: Tensor
     """dtype uint8."""
+    transposed: bool
+    """Whether the unquantized model keeps its matrices as (E, I, O)."""
 
     @property
     def weights(self) -> int:
@@ -40,15 +42,19 @@ class PackedParameter:
 
 
 def packed_parameters(model: nn.Module) -> Iterator[PackedParameter]:
-    """Every packed parameter: the weight of a module with a `weight_format`, and those a module lists by name in
-    `weight_formats`."""
+    """Every packed parameter: the `weight` of a module with a `weight_format`, and the stacks of experts that a module
+    describes by name in `packed_formats`."""
     for name, module in model.named_modules():
-        formats = getattr(module, "weight_formats", None)
-        if formats is None:
-            formats = {"weight": module.weight_format} if hasattr(module, "weight_format") else {}
+        formats = getattr(module, "packed_formats", {})
+        if hasattr(module, "weight_format"):
+            formats = {"weight": module.weight_format}
         for leaf, weight_format in formats.items():
-            data = getattr(module, leaf).detach().view(-1, weight_format.layout.nbytes)
-            yield PackedParameter(name=f"{name}.{leaf}", weight_format=weight_format, data_EB=data)
+            yield PackedParameter(
+                name=f"{name}.{leaf}",
+                weight_format=weight_format,
+                data_EB=module.get_parameter(leaf).detach().view(-1, weight_format.layout.nbytes),
+                transposed=leaf != "weight" and bool(getattr(module, "is_transposed", False)),
+            )
 
 
 def kind_of(parameter: str) -> str:
@@ -82,8 +88,14 @@ class Sums:
         return Sums(*(mine + theirs for mine, theirs in zip(attrs.astuple(self), attrs.astuple(other), strict=True)))
 
     def figures(self, kind: str) -> LayerFigures:
-        """The sums as they are reported."""
-        relative = math.sqrt(self.error / self.signal) if self.signal else 0.0 if not self.error else math.inf
+        """The sums as they are reported.
+
+        Raises:
+            QuantizationError: the original weights are all zero, and the stored ones are not.
+        """
+        if self.error and not self.signal:
+            raise QuantizationError(f"{kind}: weights that are all zero are dequantized to something else")
+        relative = math.sqrt(self.error / self.signal) if self.signal else 0.0
         return LayerFigures(
             kind=kind, layers=self.layers, weights=self.weights, nbytes=self.nbytes, relative_error=relative
         )
@@ -168,18 +180,18 @@ def synchronize(device: torch.device) -> None:
 
 
 def _original(parameter: PackedParameter, dense: Mapping[str, Tensor]) -> Tensor:
-    """The original matrices, shape (E, O, I); some architectures keep those of experts transposed."""
-    shape = parameter.weight_format.layout.shape
+    """The original matrices, shape (E, O, I)."""
+    expected = (len(parameter.data_EB), *parameter.weight_format.layout.shape)
     weight = dense.get(parameter.name)
-    if weight is not None and weight.dim() >= 2:
-        matrices = weight.reshape(-1, *weight.shape[-2:])
-        for candidate in (matrices, matrices.mT):
-            if candidate.shape == (len(parameter.data_EB), *shape):
-                return candidate
-    found = None if weight is None else tuple(weight.shape)
-    raise QuantizationError(
-        f"{parameter.name}: expected {len(parameter.data_EB)} x {shape} weights in the unquantized model, found {found}"
-    )
+    matrices = None if weight is None or weight.dim() < 2 else weight.reshape(-1, *weight.shape[-2:])
+    if matrices is not None and parameter.transposed:
+        matrices = matrices.mT
+    if matrices is None or matrices.shape != expected:
+        found = None if matrices is None else tuple(matrices.shape)
+        raise QuantizationError(
+            f"{parameter.name}: expected {expected} weights in the unquantized model, found {found}"
+        )
+    return matrices
 
 
 def _power(values: Tensor) -> float:

@@ -22,38 +22,39 @@ INT8 = BnbOptions(weight_dtype="int8")
 
 
 class Experts(nn.Module):
-    """Packed fused experts: a parameter of shape (experts, bytes), described by name in `weight_formats`."""
+    """Packed fused experts: a parameter of shape (experts, bytes), described by name in `packed_formats`."""
 
-    def __init__(self, stack) -> None:
+    def __init__(self, stack, transposed) -> None:
         super().__init__()
         packed = [pack_weight(BnbBackend(), weight, INT8) for weight in stack]
         self.down_proj = nn.Parameter(torch.stack([one.data for one in packed]), requires_grad=False)
-        self.weight_formats = {"down_proj": WeightFormat(BnbBackend(), packed[0].layout, Workspace())}
+        self.is_transposed = transposed
+        self.packed_formats = {"down_proj": WeightFormat(BnbBackend(), packed[0].layout, Workspace())}
 
 
-def packed_experts(stack):
+def packed_experts(stack, transposed=False):
     model = nn.Module()
-    model.experts = Experts(stack)
+    model.experts = Experts(stack, transposed)
     return list(packed_parameters(model))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_fused_experts_are_measured_matrix_by_matrix(transposed):
     torch.manual_seed(0)
-    stack = torch.randn(3, 8, 16)
-    (parameter,) = packed_experts(stack)
+    stack = torch.randn(3, 8, 8)
+    (parameter,) = packed_experts(stack, transposed)
     dense = stack.mT.contiguous() if transposed else stack
     sums = packed_sums([parameter], {"experts.down_proj": dense})
     figures = sums["experts.down_proj"].figures("experts.down_proj")
     found = torch.stack([parameter.weight_format.dequantize(row, torch.float32) for row in parameter.data_EB])
-    assert parameter.weights == figures.weights == 3 * 8 * 16
+    assert parameter.weights == figures.weights == 3 * 8 * 8
     assert figures.relative_error == pytest.approx((found - stack).norm().item() / stack.norm().item(), rel=1e-5)
     assert figures.bits_per_weight == parameter.weight_format.layout.bits_per_weight
 
 
 def test_experts_that_the_unquantized_model_does_not_have_are_an_error():
     parameters = packed_experts(torch.randn(3, 8, 16))
-    with pytest.raises(QuantizationError, match="expected 3 x .* found None"):
+    with pytest.raises(QuantizationError, match="expected .3, 8, 16. .* found None"):
         packed_sums(parameters, {})
     with pytest.raises(QuantizationError, match="found \\(2, 8, 16\\)"):
         packed_sums(parameters, {"experts.down_proj": torch.randn(2, 8, 16)})
@@ -70,6 +71,12 @@ def test_a_weight_that_is_dequantized_to_nan_is_an_error(monkeypatch):
 def test_zeros_that_stay_zeros_have_no_error():
     sums = packed_sums(packed_experts(torch.zeros(1, 8, 16)), {"experts.down_proj": torch.zeros(1, 8, 16)})
     assert sums["experts.down_proj"].figures("all").relative_error == 0.0
+
+
+def test_zeros_that_become_something_else_are_an_error():
+    sums = packed_sums(packed_experts(torch.ones(1, 8, 16)), {"experts.down_proj": torch.zeros(1, 8, 16)})
+    with pytest.raises(QuantizationError, match="experts.down_proj: weights that are all zero"):
+        sums["experts.down_proj"].figures("experts.down_proj")
 
 
 def test_dequantizing_is_timed_against_a_copy():
@@ -110,11 +117,12 @@ def test_tokens_that_a_model_masks_with_infinity_do_not_count():
     assert output_figures(predictions(logits), predictions(logits.clone()), torch.zeros(4, dtype=torch.long)).kl == 0
 
 
-def test_outputs_that_are_not_finite_are_an_error():
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_outputs_that_are_not_finite_are_an_error(value):
+    broken = torch.randn(4, 10)
+    broken[2, 3] = value
     with pytest.raises(QuantizationError, match="NaN or infinite"):
-        output_figures(
-            predictions(torch.full((4, 10), math.nan)), predictions(torch.randn(4, 10)), torch.zeros(4).long()
-        )
+        output_figures(predictions(broken), predictions(torch.randn(4, 10)), torch.zeros(4).long())
 
 
 class Tokenizer:
