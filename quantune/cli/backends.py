@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from quantune.backends import registry
 from quantune.backends.discovery import plain
+from quantune.cli import compare
 from quantune.cli.console import err, out, table
 from quantune.errors import InputError
 
@@ -173,3 +174,6 @@ def _status(status: str, reason: str | None = None, way_out: str | None = None) 
 
 def _bits(bits_per_weight: Mapping[str, float]) -> str:
     return " · ".join(f"{escape(name)} {bits:.2f}" for name, bits in bits_per_weight.items()) or "-"
+
+
+app.command("compare")(compare.compare)

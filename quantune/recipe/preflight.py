@@ -41,28 +41,28 @@ def is_local(base: str) -> bool:
     return base.startswith(("/", "./", "../", "~")) or base in (".", "..")
 
 
-def _base(recipe: Recipe) -> Iterable[Finding]:
-    base = recipe.model.base
-
-    def finding(message: str, hint: str | None = None) -> Finding:
-        return Finding(code="QT030", path=("model", "base"), message=message, hint=hint)
-
+def base_problem(base: str) -> tuple[str, str | None] | None:
+    """What is wrong with a base as far as files can tell, and what to do about it; a hub id is not looked up."""
     if base.startswith("builtin:"):
-        if base not in BUILT_IN_MODELS:
-            yield finding(f'there is no built-in model "{base}"', f"there is {', '.join(BUILT_IN_MODELS)}")
-        return
+        known = base in BUILT_IN_MODELS
+        return None if known else (f'there is no built-in model "{base}"', f"there is {', '.join(BUILT_IN_MODELS)}")
     folder = Path(base)
     if not folder.is_dir():
-        if is_local(base):
-            yield finding(f"there is no folder {base}", "a hub id has no leading slash or dot")
-        return
+        return (f"there is no folder {base}", "a hub id has no leading slash or dot") if is_local(base) else None
     if not (folder / "config.json").is_file():
-        yield finding(f"expected a model in the transformers format, found no config.json in {base}")
-    elif not any(folder.glob("*.safetensors")):
+        return f"expected a model in the transformers format, found no config.json in {base}", None
+    if not any(folder.glob("*.safetensors")):
         pickled = any(next(folder.glob(pattern), None) for pattern in PICKLES)
         found = "only pickled weights" if pickled else "no weights"
         hint = CONVERT_PICKLES if pickled else None
-        yield finding(f"expected weights in *.safetensors in {base}, found {found}", hint)
+        return f"expected weights in *.safetensors in {base}, found {found}", hint
+    return None
+
+
+def _base(recipe: Recipe) -> Iterable[Finding]:
+    problem = base_problem(recipe.model.base)
+    if problem:
+        yield Finding(code="QT030", path=("model", "base"), message=problem[0], hint=problem[1])
 
 
 def _tokenizer(recipe: Recipe) -> Iterable[Finding]:
