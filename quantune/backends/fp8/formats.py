@@ -85,6 +85,8 @@ class Fp8Backend(Backend):
                 f"expected {grid} scales for {shape} weights in blocks of {options.block_size}, "
                 f"found {tuple(scale_inv.shape)}"
             )
+        if not scale_inv.is_floating_point():
+            raise QuantizationError(f"expected weight_scale_inv in a floating-point dtype, found {scale_inv.dtype}")
         codes = tensors["weight"]
         if codes.dtype == torch.float8_e4m3fn and ((codes.view(torch.uint8) & NOT_A_NUMBER) == NOT_A_NUMBER).any():
             raise QuantizationError("holds codes that are not numbers; the checkpoint is damaged")
