@@ -13,9 +13,9 @@ An auxiliary e splits it into two problems that are solved in turn:
 
 Since q = x + z - r the new zero point is z - mean(r - e): it moves by the part of the error that shrinking takes away.
 
-The paper's own code measures errors in weights, where beta = 10 shrinks every error of usual weights to nothing: p has
-no say, and what is found depends on the weights' unit. Here they are measured in steps: an error above a sixth of a step
-is an outlier's, whatever the scale.
+The paper's own code measures errors in the weights' unit, where beta = 10 shrinks every error of usual weights to
+nothing: p has no say, and weights times 1000 are stored otherwise. Here errors are measured in steps: with the constants
+below, one above a sixth of a step is an outlier's, whatever the scale.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def fit_zeros(
 ) -> Tensor:
     """Zero points with a smaller mean absolute error than `zeros`, group by group; none has a larger one.
 
-    Each group keeps the best of its zero points. (The paper's code stops when the error of the whole weight first rises:
-    then a group's bytes depend on the groups around it, and many are left before or after their best.)
+    Each group keeps the best of its zero points. (The paper's code stops when the error of the whole weight first
+    rises: then a group's bytes depend on the groups around it, and many are left before or after their best.)
 
     Args:
         groups: fp32, shape (groups, group size), in steps of each group's scale.

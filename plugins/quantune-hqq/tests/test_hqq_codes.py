@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from quantune_hqq.codes import BITS, code_tensors, decode, limits, pack_codes
 
 

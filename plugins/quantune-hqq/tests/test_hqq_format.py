@@ -6,6 +6,7 @@ import torch
 from quantune.backends import kernels
 from quantune.backends.backend import adopt_weight, pack_weight
 from quantune.errors import QuantizationError
+
 from quantune_hqq import HqqOptions, description
 from quantune_hqq.codes import BITS
 from quantune_hqq.formats import HqqBackend
@@ -71,7 +72,7 @@ def test_it_dequantizes_to_what_the_stored_numbers_say(weight_dtype, shape):
 @pytest.mark.parametrize("make", [with_outliers, heavy_tailed])
 @pytest.mark.parametrize(
     ("weight_dtype", "relative", "lp"),  # what is left of the errors of rounding to nearest, at most
-    [("int4", 0.96, 0.97), ("int3", 0.94, 0.96), ("int2", 0.77, 0.86)],
+    [("int4", 0.97, 0.98), ("int3", 0.95, 0.97), ("int2", 0.77, 0.86)],
 )
 def test_outliers_cost_less_than_with_rounding_to_nearest(make, weight_dtype, relative, lp):
     weight = make()
@@ -176,7 +177,9 @@ def test_what_is_exported_is_adopted_bit_for_bit(weight_dtype):
 
 @pytest.mark.parametrize("name", ["scale", "zero"])
 def test_a_checkpoint_with_numbers_that_are_none_is_refused_by_name(name):
-    tensors = {key: tensor.clone() for key, tensor in pack_weight(BACKEND, normal((8, 128)), HqqOptions()).views().items()}
+    tensors = {
+        key: tensor.clone() for key, tensor in pack_weight(BACKEND, normal((8, 128)), HqqOptions()).views().items()
+    }
     tensors[name][3, 1] = torch.nan
     with pytest.raises(QuantizationError, match=f"up_proj: its {name} holds NaN or infinity"):
         adopt_weight(BACKEND, tensors, (8, 128), torch.float32, HqqOptions(), name="up_proj")
@@ -213,6 +216,8 @@ def test_a_gpu_reads_the_same_weight(weight_dtype):
     moved = attrs.evolve(packed, data=packed.data.cuda())
     for dtype in DTYPES:
         assert torch.equal(BACKEND.dequantize(moved, dtype).cpu(), BACKEND.dequantize(packed, dtype))
-    there = BACKEND.dequantize(pack_weight(BACKEND, weight.cuda(), HqqOptions(weight_dtype=weight_dtype)), torch.float32)
+    there = BACKEND.dequantize(
+        pack_weight(BACKEND, weight.cuda(), HqqOptions(weight_dtype=weight_dtype)), torch.float32
+    )
     error = relative_error(BACKEND.dequantize(packed, torch.float32), weight)
     assert relative_error(there.cpu(), weight) == pytest.approx(error, rel=0.01)

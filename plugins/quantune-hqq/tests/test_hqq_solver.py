@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from quantune_hqq.solver import BETA, errors_of, fit_zeros, taken_by_shrinking
 
 LOW, HIGH = -8, 7
@@ -74,9 +75,7 @@ def test_without_iterations_zero_points_stay():
 
 def test_more_iterations_never_make_a_group_worse():
     groups, zeros = groups_in_steps()
-    errors = [
-        errors_of(groups, fit(groups, zeros, iterations=n), LOW, HIGH).abs().mean(1) for n in (0, 1, 5, 20, 60)
-    ]
+    errors = [errors_of(groups, fit(groups, zeros, iterations=n), LOW, HIGH).abs().mean(1) for n in (0, 1, 5, 20, 60)]
     assert all((later <= earlier).all() for earlier, later in zip(errors, errors[1:], strict=False))
 
 
