@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import AutoConfig
 
-from quantune.backends.bnb import BnbOptions
+from quantune.backends import registry
 from quantune.model.base import Base
 from quantune.recipe.schema import QuantizationConfig
 
@@ -22,6 +22,24 @@ def base_of(folder) -> Base:
     )
 
 
-def quantization(skip=(), **options) -> QuantizationConfig:
-    """`[quantization]` with the bnb backend."""
-    return QuantizationConfig(backend="bnb", skip=tuple(skip), options=BnbOptions(**options).resolved())
+def quantization(skip=(), backend="bnb", **options) -> QuantizationConfig:
+    """`[quantization]` with the options of a backend, resolved as a recipe's are."""
+    made = registry.options_of(backend)(**options)
+    return QuantizationConfig(
+        backend=backend, skip=tuple(skip), options=made.resolved() if hasattr(made, "resolved") else made
+    )
+
+
+FORMATS = {
+    "bnb nf4": {"backend": "bnb", "weight_dtype": "nf4"},
+    "bnb fp4": {"backend": "bnb", "weight_dtype": "fp4"},
+    "bnb int8": {"backend": "bnb", "weight_dtype": "int8"},
+    "torchao int4": {"backend": "torchao", "weight_dtype": "int4", "group_size": 32},
+    "torchao nf4": {"backend": "torchao", "weight_dtype": "nf4"},
+    "torchao nvfp4": {"backend": "torchao", "weight_dtype": "nvfp4"},
+    "torchao int8": {"backend": "torchao", "weight_dtype": "int8"},
+    "torchao fp8": {"backend": "torchao", "weight_dtype": "fp8"},
+    "mxfp4": {"backend": "mxfp4"},
+    "fp8": {"backend": "fp8"},
+}
+"""Every built-in format, as keys of `[quantization]`."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.markup import escape
 
+from quantune.backends.discovery import require_readable_packages
 from quantune.errors import InterruptedRun, Problem, QuantuneError, RecipeError
 
 if TYPE_CHECKING:
@@ -37,8 +38,19 @@ def fail(error: QuantuneError, *, debug: bool) -> int:
     return error.exit_code
 
 
+def warn(problem: Problem) -> None:
+    """Print something that was understood and should be written otherwise."""
+    err.print("[bold yellow]warning:[/] ", end="")
+    _print_problem(problem)
+
+
 def quiet_libraries() -> None:
-    """Keep the libraries' own progress bars and advice off the screen; call before they are imported."""
+    """Keep the libraries' own progress bars and advice off the screen; call before they are imported.
+
+    Raises:
+        BackendError: an installed package is damaged so that none of them can be imported.
+    """
+    require_readable_packages()
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

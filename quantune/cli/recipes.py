@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from quantune.backends.registry import options_of
+from quantune.backends.registry import backends_with_option, options_of
+from quantune.cli.console import warn
 from quantune.recipe.load import load_recipe
 from quantune.recipe.preflight import check_files
 from quantune.recipe.resolve import with_absolute_paths
@@ -20,7 +21,9 @@ def open_recipe(path: Path, overrides: Sequence[str] = (), *, data: bool = True)
     Raises:
         RecipeError: with every problem there is.
     """
-    loaded = load_recipe(path, options_of=options_of, overrides=overrides)
+    loaded = load_recipe(path, options_of=options_of, backends_with=backends_with_option, overrides=overrides)
+    for warning in loaded.warnings:
+        warn(warning)
     recipe = with_absolute_paths(loaded.recipe, path)
     check_files(loaded, recipe, data=data)
     return recipe

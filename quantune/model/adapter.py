@@ -16,11 +16,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quantune.errors import ModelError
+from quantune.model.initialization import Initialization, initialization
 from quantune.model.load import linear_layers
 from quantune.model.lora_layer import QuantLoraLinear
 from quantune.quantized.linear import QuantLinear
 from quantune.recipe.schema import AdapterConfig
 
+NAME = "default"
+"""The adapter's name in PEFT."""
+IN_PEFT: dict[str, Any] = {"pissa": "pissa", "olora": "olora", "loftq": True}
+"""What a saved adapter says of its initialization: with `pissa` and `olora` PEFT takes the same share out of an
+ordinary base when it loads the adapter; a `loftq` adapter belongs to the packed base it was trained on."""
 logging.getLogger("torchao").setLevel(logging.ERROR)  # importing it through PEFT reports optional kernels it lacks
 
 
@@ -54,10 +60,18 @@ def match_targets(model: nn.Module, config: AdapterConfig) -> list[str]:
     return matched
 
 
-def attach(model: PreTrainedModel, config: AdapterConfig, *, base_name: str, seed: int) -> PeftModel:
+def attach(
+    model: PreTrainedModel,
+    config: AdapterConfig,
+    *,
+    base_name: str,
+    seed: int,
+    initialization: Initialization | None = None,
+) -> PeftModel:
     """Put a freshly initialized adapter on the model; its parameters are fp32 and the only ones that are trained.
 
-    The initialization depends on `seed` and the model's structure alone, not on how many processes there are.
+    The initialization depends on `seed`, the model's structure and, with `initialization` (the one the model was loaded
+    with), its weights alone, not on how many processes there are.
     """
     matched = match_targets(model, config)
     targets = config.targets
@@ -73,6 +87,8 @@ def attach(model: PreTrainedModel, config: AdapterConfig, *, base_name: str, see
         exclude_modules=_head_names(model),
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
+        bias=config.bias,
+        init_lora_weights="gaussian" if config.init == "gaussian" else True,
         modules_to_save=list(config.modules_to_save) or None,
         ensure_weight_tying=bool(config.modules_to_save) and model.config.get_text_config().tie_word_embeddings,
         task_type="CAUSAL_LM",
@@ -81,16 +97,42 @@ def attach(model: PreTrainedModel, config: AdapterConfig, *, base_name: str, see
     lora._register_custom_module({QuantLinear: QuantLoraLinear})
     torch.manual_seed(seed)
     peft_model = get_peft_model(model, lora)
-    peft_model.peft_config["default"].base_model_name_or_path = base_name
+    peft_model.peft_config[NAME].base_model_name_or_path = base_name
     compute_dtype = model.dtype
-    for parameter in peft_model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    _train_in_fp32(peft_model)
+    if initialization is not None:
+        _begin_with(peft_model, initialization)
     if compute_dtype != torch.float32:
         for module in peft_model.modules():
             if isinstance(module, ModulesToSaveWrapper):
-                _compute_in_fp32(module.modules_to_save["default"], compute_dtype)
+                _compute_in_fp32(module.modules_to_save[NAME], compute_dtype)
     return peft_model
+
+
+def _train_in_fp32(model: PeftModel) -> None:
+    """Hold what is trained in fp32, but biases of layers that compute in another dtype and don't cast them."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if "lora_" in name or "modules_to_save" in name or isinstance(owner, QuantLinear):
+            parameter.data = parameter.data.float()
+
+
+@torch.no_grad()
+def _begin_with(model: PeftModel, initialization: Initialization) -> None:
+    """Put what was taken out of the weights into the adapter."""
+    for name, factors in initialization.factors.items():
+        layer: Any = model.get_base_model().get_submodule(name)
+        layer.lora_A[NAME].weight.copy_(factors.lora_A)
+        layer.lora_B[NAME].weight.copy_(factors.lora_B)
+        if NAME in layer.lora_magnitude_vector:  # DoRA: the norms of base and update together
+            base = layer.get_base_layer()
+            weight = base.dequantize(torch.float32) if isinstance(base, QuantLinear) else base.weight.float()
+            weight = weight + layer.scaling[NAME] * (layer.lora_B[NAME].weight @ layer.lora_A[NAME].weight)
+            layer.lora_magnitude_vector[NAME].weight.copy_(torch.linalg.norm(weight, dim=1))
+    lora: Any = model.peft_config[NAME]
+    lora.init_lora_weights = IN_PEFT[initialization.method]
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -98,9 +140,14 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def build_initialization(model: nn.Module, config: AdapterConfig, *, seed: int) -> Initialization | None:
+    """The initialization that `config` asks for over the layers of `model`, which may be on the meta device."""
+    return initialization(config, match_targets(model, config), seed=seed)
+
+
 def save_adapter(model: PeftModel, folder: Path) -> None:
     """Write the adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`."""
-    config = model.peft_config["default"]
+    config = model.peft_config[NAME]
     for key in ("target_modules", "exclude_modules"):
         value = getattr(config, key)
         if isinstance(value, set):
@@ -122,6 +169,8 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
         config = LoraConfig.from_pretrained(str(folder))
         config._register_custom_module({QuantLinear: QuantLoraLinear})
         config.inference_mode = True
+        if isinstance(config.init_lora_weights, str):  # the base was loaded without the adapter's share
+            config.init_lora_weights = True
         return PeftModel.from_pretrained(model, str(folder), config=config)
     except (RuntimeError, ValueError, json.JSONDecodeError) as error:
         raise ModelError(f"the adapter in {folder} does not fit the base: {error}") from error

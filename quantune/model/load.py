@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,9 +18,11 @@ from quantune.backends import registry
 from quantune.errors import ModelError, QuantizationError
 from quantune.model.base import Base
 from quantune.model.device import lean_heap
+from quantune.model.initialization import Initialization
 from quantune.model.names import matches_any
 from quantune.model.quantizer import QuantizationPlan, QuantuneConfig
-from quantune.quantized.linear import QuantLinear
+from quantune.quantized import experts
+from quantune.quantized.linear import QuantLinear, WeightFormat
 from quantune.recipe.schema import QuantizationConfig
 
 
@@ -43,14 +46,20 @@ def load_model(
     *,
     compute_dtype: torch.dtype,
     device: torch.device,
+    initialization: Initialization | None = None,
 ) -> PreTrainedModel:
     """Load the base onto `device`, frozen, packing its linear layers one by one when `quantization` is given.
 
+    `initialization` takes an adapter's share out of the weights on the way.
+
     Raises:
         ModelError: the weights can't be read, or are incomplete.
+        BackendError: the backend can't run here, or not on this device.
         QuantizationError: a weight can't be packed, or one that should be packed is not.
     """
-    plan = None if quantization is None else plan_quantization(quantization, compute_dtype)
+    plan = None
+    if quantization is not None:
+        plan = plan_quantization(quantization, compute_dtype, device, initialization)
     try:
         with lean_heap():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -78,18 +87,30 @@ def load_model(
     model.eval()
     if quantization is not None:
         _require_packed(model, quantization.skip)
+    if initialization is not None:
+        _split_dense(model, initialization)
     return model
 
 
-def plan_quantization(quantization: QuantizationConfig, compute_dtype: torch.dtype) -> QuantizationPlan:
+def plan_quantization(
+    quantization: QuantizationConfig,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    initialization: Initialization | None = None,
+) -> QuantizationPlan:
     """Import the backend and say what to pack with it.
 
     Raises:
-        BackendError: the backend can't run here.
+        BackendError: the backend can't run here, or not on `device`.
     """
     description = registry.describe_available(quantization.backend)
+    registry.require_device(description, getattr(quantization.options, "weight_dtype", None), device.type)
     return QuantizationPlan(
-        backend=description.load(), options=quantization.options, skip=quantization.skip, compute_dtype=compute_dtype
+        backend=registry.load_backend(description),
+        options=quantization.options,
+        skip=quantization.skip,
+        compute_dtype=compute_dtype,
+        initialization=initialization,
     )
 
 
@@ -103,9 +124,10 @@ def module_table(model: nn.Module) -> list[ModuleRow]:
                 continue
             seen.add(id(parameter))
             weights, dtype = parameter.numel(), str(parameter.dtype).removeprefix("torch.")
-            if isinstance(module, QuantLinear) and leaf == "weight":
-                layout = module.weight_format.layout
-                weights = module.in_features * module.out_features
+            packed = packed_weights(module).get(leaf)
+            if packed is not None:
+                layout = packed.layout
+                weights = math.prod(layout.shape) * (parameter.shape[0] if parameter.dim() == 2 else 1)
                 name = getattr(layout.options, "weight_dtype", layout.backend)
                 dtype = f"{name} ({layout.bits_per_weight:.2f} bits)"
             row = rows.setdefault((type(module).__name__, dtype), [0, 0, 0])
@@ -118,13 +140,21 @@ def module_table(model: nn.Module) -> list[ModuleRow]:
     ]
 
 
+def packed_weights(module: nn.Module) -> dict[str, WeightFormat]:
+    """The formats of the packed parameters of a module itself, by name.
+
+    A packed linear layer's `weight` is one weight, shape (bytes,); a packed stack of experts holds one in each row.
+    """
+    return {"weight": module.weight_format} if isinstance(module, QuantLinear) else experts.weight_formats(module)
+
+
 def packed_fingerprint(model: nn.Module) -> str:
     """sha256 over the bytes of every packed weight, in the order of the modules."""
     digest = hashlib.sha256()
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            digest.update(name.encode())
-            digest.update(module.weight.detach().cpu().numpy().data)
+        for leaf in packed_weights(module):
+            digest.update(f"{name}.{leaf}".encode())
+            digest.update(module.get_parameter(leaf).detach().cpu().numpy().data)
     return digest.hexdigest()
 
 
@@ -134,10 +164,19 @@ def linear_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
 
 
+def _split_dense(model: nn.Module, initialization: Initialization) -> None:
+    """Take the adapter's share out of the adapted layers that are not packed."""
+    for name in sorted(initialization.names - initialization.factors.keys()):
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        if not isinstance(layer, QuantLinear):
+            layer.weight.data = initialization.split(name, layer.weight.data, None)
+
+
 def _require_packed(model: PreTrainedModel, skip: tuple[str, ...]) -> None:
     """Fail if a weight matrix that the recipe meant to pack is still in full precision."""
     left = sorted(name for name in _full_precision(model) if not matches_any(name, skip))
-    packed = sum(isinstance(module, QuantLinear) for module in model.modules())
+    packed = any(packed_weights(module) for module in model.modules())
     if packed and not left:
         return
     if not packed:
@@ -148,21 +187,20 @@ def _require_packed(model: PreTrainedModel, skip: tuple[str, ...]) -> None:
     shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
     raise QuantizationError(
         f"{len(left)} weights that [quantization] should cover are still in full precision: {shown}. "
-        "quantune packs linear layers (nn.Linear); name these in [quantization] skip to keep them as they are"
+        "quantune packs linear layers (nn.Linear) and fused experts; name these in [quantization] skip to keep them as "
+        "they are"
     )
 
 
 def _full_precision(model: PreTrainedModel) -> Iterable[str]:
-    """Modules with weight matrices that quantization is about: linear layers, Conv1D, and fused experts."""
+    """Names of weights that quantization is about: linear layers, Conv1D, and fused experts."""
     keep = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if module is head or any(part in keep for part in name.split(".")):
             continue
-        dense_linear = isinstance(module, nn.Linear | Conv1D) and not isinstance(module, QuantLinear)
-        fused = any(
-            p.dim() == 3 and p.is_floating_point() and leaf.endswith("proj")
-            for leaf, p in module.named_parameters(recurse=False)
-        )
-        if dense_linear or fused:
+        if isinstance(module, nn.Linear | Conv1D) and not isinstance(module, QuantLinear):
             yield name
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() == 3 and parameter.is_floating_point() and leaf.endswith("proj"):
+                yield f"{name}.{leaf}"

@@ -1,26 +1,31 @@
 """Packing weights while transformers loads them, through its public quantizer hooks.
 
 transformers builds the model on the meta device and hands it over; every linear layer that the plan covers is replaced
-by a `QuantLinear`. Then each tensor of the checkpoint is read, renamed or fused as the architecture needs, and handed
-over alone: it is packed and let go before the next one is read.
+by a `QuantLinear`, and every fused stack of experts by bytes of the same name. Then each tensor of the checkpoint is
+read, renamed or fused as the architecture needs, and handed over alone: it is packed and let go before the next one is
+read. Experts that a checkpoint stores one by one are packed one by one, before they are fused.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantune.backends.backend import Backend, pack_weight
 from quantune.errors import QuantizationError
+from quantune.model.initialization import Initialization
 from quantune.model.names import matches_any
+from quantune.quantized import experts
 from quantune.quantized.linear import QuantLinear, WeightFormat, Workspace
 
 
@@ -32,9 +37,34 @@ class QuantizationPlan:
     options: Any
     skip: tuple[str, ...]
     compute_dtype: torch.dtype
+    initialization: Initialization | None = None
+    """Takes the adapter's share out of the weights before they are packed."""
     workspace: Workspace = attrs.field(factory=Workspace)
     failures: list[QuantizationError] = attrs.field(factory=list)
     """Weights that could not be packed; transformers reports an operation's error only as text."""
+
+    def weight_format(self, shape: tuple[int, int], dtype: torch.dtype) -> WeightFormat:
+        """The format of a weight.
+
+        Raises:
+            QuantizationError: the backend can't store this shape.
+        """
+        return WeightFormat(self.backend, self.backend.layout(shape, dtype, self.options), self.workspace)
+
+    def pack(self, weight: Tensor, name: str) -> Tensor:
+        """The bytes of one weight, shape (out features, in features); what fails is noted."""
+
+        def round_trip(weight: Tensor) -> Tensor:
+            packed = pack_weight(self.backend, weight, self.options, name=name)
+            return self.backend.dequantize(packed, torch.float32)
+
+        try:
+            if self.initialization is not None:
+                weight = self.initialization.split(name.removesuffix(".weight"), weight, round_trip)
+            return pack_weight(self.backend, weight, self.options, name=name).data
+        except QuantizationError as error:
+            self.failures.append(error)
+            raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizationPlan:
         return self  # transformers copies configurations; the plan and its workspace are shared by the whole model
@@ -68,19 +98,73 @@ class PackWeight(ConversionOps):
         target_patterns: list[str] | None = None,
         *,
         full_layer_name: str = "",
+        model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Replace the one tensor in `input_dict` by its flat packed bytes, under `full_layer_name`."""
+        """Replace the one tensor in `input_dict` by its packed bytes, under `full_layer_name`."""
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
-        try:
-            packed = pack_weight(self.plan.backend, weight, self.plan.options, name=full_layer_name)
-        except QuantizationError as error:
-            self.plan.failures.append(error)
-            raise
-        parameter = nn.Parameter(packed.data, requires_grad=False)
+        if weight.dtype == torch.uint8:
+            data = weight  # experts that `PackExperts` packed
+        elif weight.dim() == 3:
+            assert model is not None
+            module = model.get_submodule(full_layer_name.rpartition(".")[0])
+            rows = (experts.as_rows(module, expert) for expert in weight)
+            data = torch.stack([self.plan.pack(row, f"{full_layer_name}[{i}]") for i, row in enumerate(rows)])
+        else:
+            data = self.plan.pack(weight, full_layer_name)
+        parameter = nn.Parameter(data, requires_grad=False)
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # as its module has
         return {full_layer_name: parameter}
+
+
+class PackExperts(ConversionOps):
+    """Fuse and pack one expert after the other, where the checkpoint stores them apart.
+
+    The architecture's own operations run on one expert at a time, so its weights are never fused in full precision.
+    """
+
+    def __init__(self, plan: QuantizationPlan, operations: list[ConversionOps]) -> None:
+        self.plan = plan
+        self.operations = operations
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]  # called with full_layer_name and model by keyword
+        self,
+        input_dict: dict[str, list[Tensor]],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        *,
+        full_layer_name: str = "",
+        model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        """The bytes of all experts, shape (experts, bytes), under the target pattern."""
+        assert model is not None
+        more = {"full_layer_name": full_layer_name, "model": model, **kwargs}
+        module_name, _, name = full_layer_name.rpartition(".")
+        module = model.get_submodule(module_name)
+        counts = {len(tensors) for tensors in input_dict.values()}
+        if name not in experts.weight_formats(module) or len(counts) != 1:  # skipped, or damaged: as transformers does
+            return self._fuse(dict(input_dict), source_patterns, target_patterns, more)
+        packed = []
+        for index in range(counts.pop()):
+            one = {pattern: [tensors[index]] for pattern, tensors in input_dict.items()}
+            for tensors in input_dict.values():
+                tensors[index] = None  # type: ignore[call-overload]  # let go of each expert once it is packed
+            (fused,) = self._fuse(one, source_patterns, target_patterns, more).values()
+            fused = fused[0] if isinstance(fused, list) else fused
+            packed.append(self.plan.pack(experts.as_rows(module, fused[0]), f"{full_layer_name}[{index}]"))
+        return {target_patterns[0]: torch.stack(packed)}
+
+    def _fuse(
+        self, tensors: dict[str, Any], source_patterns: list[str], target_patterns: list[str], more: dict[str, Any]
+    ) -> dict[str, Any]:
+        for operation in self.operations:
+            tensors = operation.convert(
+                tensors, source_patterns=source_patterns, target_patterns=target_patterns, **more
+            )
+        return tensors
 
 
 @register_quantizer("quantune")
@@ -91,30 +175,40 @@ class QuantuneQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         plan = self.quantization_config.plan
+        problems: list[tuple[str, str]] = []
         for name in quantizable(model, plan.skip):
-            linear = model.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            shape = (linear.out_features, linear.in_features)
-            layout = plan.backend.layout(shape, linear.weight.dtype, plan.options)
-            quantized = QuantLinear(
-                linear.in_features,
-                linear.out_features,
-                bias=linear.bias is not None,
-                weight_format=WeightFormat(plan.backend, layout, plan.workspace),
-                compute_dtype=plan.compute_dtype,
-                device="meta",
-            )
-            for initialized in (quantized, quantized.weight):  # or transformers draws missing weights at random
-                initialized._is_hf_initialized = True  # type: ignore[union-attr]  # an attribute of transformers' own
-            model.set_submodule(name, quantized)
+            try:
+                _replace_linear(model, name, plan)
+            except QuantizationError as error:
+                problems.append((name, str(error)))
+        packed_any = False
+        for module, name, full_name in quantizable_experts(model, plan.skip):
+            weight = experts.projections(module)[name]
+            try:
+                weight_format = plan.weight_format(experts.expert_shape(module, weight), weight.dtype)
+            except QuantizationError as error:
+                problems.append((full_name, str(error)))
+                continue
+            parameter = experts.set_packed(module, name, weight_format)
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # an attribute of transformers' own
+            packed_any = True
+        if problems:
+            raise _all_at_once(problems)
+        if packed_any:
+            model.set_experts_implementation(experts.IMPLEMENTATION)
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        module, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and isinstance(model.get_submodule(module), QuantLinear)
+        module_name, _, leaf = param_name.rpartition(".")
+        module = model.get_submodule(module_name)
+        return (leaf == "weight" and isinstance(module, QuantLinear)) or leaf in experts.weight_formats(module)
 
     def get_quantize_ops(self) -> ConversionOps:
         return PackWeight(self.quantization_config.plan)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
+        plan = self.quantization_config.plan
+        return [_packing_experts(conversion, plan) for conversion in weight_conversions]
 
     def is_serializable(self) -> bool:
         return False
@@ -140,3 +234,58 @@ def quantizable(model: PreTrainedModel, skip: tuple[str, ...]) -> list[str]:
         and should_convert_module(name, sorted(keep))
         and not matches_any(name, skip)
     ]
+
+
+def quantizable_experts(model: PreTrainedModel, skip: tuple[str, ...]) -> Iterator[tuple[nn.Module, str, str]]:
+    """The fused experts' weights that a plan with `skip` covers: module, name in it, full name."""
+    for module_name, module in model.named_modules():
+        if not experts.is_experts(module):
+            continue
+        for name, weight in experts.projections(module).items():
+            full_name = f"{module_name}.{name}"
+            if weight.dim() == 3 and weight.is_floating_point() and not matches_any(full_name, skip):
+                yield module, name, full_name
+
+
+def _replace_linear(model: PreTrainedModel, name: str, plan: QuantizationPlan) -> None:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    shape = (linear.out_features, linear.in_features)
+    quantized = QuantLinear(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        weight_format=plan.weight_format(shape, linear.weight.dtype),
+        compute_dtype=plan.compute_dtype,
+        device="meta",
+    )
+    for initialized in (quantized, quantized.weight):  # or transformers draws missing weights at random
+        initialized._is_hf_initialized = True  # type: ignore[union-attr]  # an attribute of transformers' own
+    model.set_submodule(name, quantized)
+
+
+def _packing_experts(conversion: Any, plan: QuantizationPlan) -> Any:
+    """The conversion, packing experts one by one if it fuses those of a checkpoint that stores them apart."""
+    if not isinstance(conversion, WeightConverter) or isinstance(conversion.operations[0], PackExperts):
+        return conversion
+    sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+    leaf = targets[0].rpartition(".")[2]
+    if len(targets) != 1 or leaf not in experts.PROJECTIONS or not all("*" in source for source in sources):
+        return conversion
+    return conversion.copy(sources, targets, operations=[PackExperts(plan, conversion.operations)])
+
+
+def _all_at_once(problems: list[tuple[str, str]]) -> QuantizationError:
+    """One error for all weights that the backend can't store, from pairs of name and reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in problems:
+        by_reason.setdefault(reason, []).append(name)
+    lines = [
+        names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "") + f": {reason}"
+        for reason, names in by_reason.items()
+    ]
+    leaves = sorted({name.rpartition(".")[2] for name, _ in problems})
+    return QuantizationError(
+        f"[quantization] can't store {len(problems)} weights of this base: {'; '.join(lines)}. "
+        f"Choose other options, or keep them in full precision with skip = {json.dumps(leaves)}"
+    )

@@ -71,14 +71,17 @@ class PackedLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, data: Tensor, bias: Tensor | None, weight: WeightFormat) -> Tensor:
         ctx.weight = weight
         ctx.save_for_backward(data)
-        return functional.linear(x, weight.borrow(data, x.dtype), bias)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return functional.linear(x, weight.borrow(data, x.dtype), _as(bias, x.dtype))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         (data,) = ctx.saved_tensors
         grad_x = grad @ ctx.weight.borrow(data, grad.dtype) if ctx.needs_input_grad[0] else None
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+        grad_bias = None
+        if ctx.needs_input_grad[2]:
+            grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
         return grad_x, None, grad_bias, None
 
 
@@ -107,10 +110,11 @@ class PackedLoraLinear(torch.autograd.Function):
         weight: WeightFormat,
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
-        y_TO = functional.linear(x_TI, weight.borrow(data, x.dtype), bias)
+        y_TO = functional.linear(x_TI, weight.borrow(data, x.dtype), _as(bias, x.dtype))
         h_TR = x_TI @ lora_A_RI.to(x.dtype).T
         y_TO.addmm_(h_TR, lora_B_OR.to(x.dtype).T, alpha=scaling)
         ctx.weight, ctx.scaling, ctx.x_shape = weight, scaling, x.shape
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.save_for_backward(x_TI, h_TR, data, lora_A_RI, lora_B_OR)
         return y_TO.view(*x.shape[:-1], -1)
 
@@ -123,10 +127,15 @@ class PackedLoraLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x_TI = grad_TO @ ctx.weight.borrow(data, grad_TO.dtype)
             grad_x = grad_x_TI.addmm_(grad_h_TR, lora_A_RI.to(grad_TO.dtype)).view(ctx.x_shape)
-        grad_bias = grad_TO.sum(0) if ctx.needs_input_grad[2] else None
+        grad_bias = grad_TO.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         grad_A = (grad_h_TR.T @ x_TI).to(lora_A_RI.dtype)
         grad_B = (grad_TO.T @ h_TR).mul_(ctx.scaling).to(lora_B_OR.dtype)
         return grad_x, None, grad_bias, grad_A, grad_B, None, None
+
+
+def _as(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The bias in the dtype of the activations: one that is trained is held in fp32."""
+    return None if bias is None else bias.to(dtype)
 
 
 class QuantLinear(nn.Linear):

@@ -41,7 +41,7 @@ def _(data: Tensor, dtype: torch.dtype, key: str) -> Tensor:
 @torch.library.custom_op("quantune::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, data: Tensor, bias: Tensor | None, key: str) -> Tensor:
     """x @ W.T + bias, W dequantized from `data`."""
-    return functional.linear(x, _FORMATS[key].borrow(data, x.dtype), bias)
+    return functional.linear(x, _FORMATS[key].borrow(data, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 @packed_linear.register_fake
@@ -61,14 +61,17 @@ def _(grad: Tensor, data: Tensor, key: str) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, data, _, ctx.key = inputs
+    _, data, bias, ctx.key = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(data)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     (data,) = ctx.saved_tensors
     grad_x = packed_linear_backward(grad, data, ctx.key) if ctx.needs_input_grad[0] else None
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
+    grad_bias = None
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=ctx.bias_dtype)
     return grad_x, None, grad_bias, None
 
 

@@ -17,4 +17,5 @@ CODES = {
     "QT021": "A key has no meaning beside another one.",
     "QT022": "Something was asked for that needs another key.",
     "QT030": "A file that the recipe names does not exist or can't be used.",
+    "QT040": "A spelling is deprecated; it is understood as the warning says.",
 }

@@ -10,7 +10,16 @@ from typing import Any
 
 import attrs
 
-from quantune.recipe.schema import DataConfig, EvaluationConfig, ModelConfig, Recipe, SourceConfig, TrainingConfig
+from quantune.recipe.schema import (
+    AdapterConfig,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    QuantizationConfig,
+    Recipe,
+    SourceConfig,
+    TrainingConfig,
+)
 from quantune.recipe.structure import Finding
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
@@ -131,9 +140,23 @@ def _model(model: ModelConfig) -> Iterable[Finding]:
                 yield Finding(code="QT021", path=("model", key), message=message)
 
 
+def _loftq(adapter: AdapterConfig, quantization: QuantizationConfig | None) -> Iterable[Finding]:
+    if adapter.init == "loftq" and quantization is None:
+        message = 'init = "loftq" makes up for what packing loses, and nothing is packed'
+        yield Finding(code="QT022", path=("adapter", "init"), message=message, hint="add [quantization]")
+
+
+def _adapter(adapter: AdapterConfig) -> Iterable[Finding]:
+    if adapter.loftq_iterations != 1 and adapter.init != "loftq":
+        message = f'loftq_iterations has no meaning for init = "{adapter.init}"'
+        yield Finding(code="QT021", path=("adapter", "loftq_iterations"), message=message)
+
+
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
     (("training",), _training),
     (("evaluation", "data"), _evaluation),
     (("data",), _sources),
     (("model",), _model),
+    (("adapter",), _adapter),
+    (("adapter", "quantization"), _loftq),
 )

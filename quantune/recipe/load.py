@@ -11,12 +11,13 @@ import attrs
 import tomli
 
 from quantune.errors import BackendError, Problem, RecipeError
-from quantune.recipe import conflicts, positions
+from quantune.recipe import conflicts, legacy, positions
 from quantune.recipe.overrides import apply_override, parse_path
 from quantune.recipe.schema import QuantizationConfig, Recipe
 from quantune.recipe.structure import Finding, structure
 
 OptionsOf = Callable[[str], type]
+BackendsWith = Callable[[str], Sequence[str]]
 
 
 @attrs.frozen(kw_only=True)
@@ -29,6 +30,8 @@ class LoadedRecipe:
     text: str
     origins: dict[positions.Path, str] = attrs.field(factory=dict)
     """What `--set` set, by key path."""
+    warnings: tuple[Problem, ...] = ()
+    """Deprecated spellings, each with how to write it now."""
 
     def problem(self, code: str, where: str, message: str, hint: str | None = None) -> Problem:
         """One problem at `where` (`data.train[0].path`), with its position."""
@@ -41,12 +44,19 @@ class LoadedRecipe:
         return _error(findings, self.text, self.path, self.origins)
 
 
-def load_recipe(path: Path, *, options_of: OptionsOf, overrides: Sequence[str] = ()) -> LoadedRecipe:
+def load_recipe(
+    path: Path,
+    *,
+    options_of: OptionsOf,
+    backends_with: BackendsWith = lambda key: (),
+    overrides: Sequence[str] = (),
+) -> LoadedRecipe:
     """Read and check a recipe.
 
     Args:
         path: the TOML file.
         options_of: the attrs class of a backend's options; raises BackendError for a backend that can't be used.
+        backends_with: names of the backends that have an option of a name.
         overrides: `section.key=value`, the values in TOML; what isn't TOML is a string.
 
     Raises:
@@ -65,15 +75,20 @@ def load_recipe(path: Path, *, options_of: OptionsOf, overrides: Sequence[str] =
     origins: dict[positions.Path, str] = {}
     for override in overrides:
         findings += apply_override(document, override, origins)
-    recipe, found = structure_recipe(document, options_of)
+    rewritten = legacy.rewrite(document)
+    findings += rewritten.findings
+    recipe, found = structure_recipe(rewritten.document, options_of, backends_with)
     findings += found
-    findings += conflicts.check_sections(_sound_sections(document, findings))
+    findings += conflicts.check_sections(_sound_sections(rewritten.document, findings))
     if findings or recipe is None:
         raise _error(findings, text, path, origins)
-    return LoadedRecipe(recipe=recipe, path=path, text=text, origins=origins)
+    warnings = tuple(_locate(warning, text, path, origins) for warning in rewritten.warnings)
+    return LoadedRecipe(recipe=recipe, path=path, text=text, origins=origins, warnings=warnings)
 
 
-def structure_recipe(document: dict[str, Any], options_of: OptionsOf) -> tuple[Recipe | None, list[Finding]]:
+def structure_recipe(
+    document: dict[str, Any], options_of: OptionsOf, backends_with: BackendsWith = lambda key: ()
+) -> tuple[Recipe | None, list[Finding]]:
     """Structure a parsed document, the keys of `[quantization]` shared out between quantune and the backend."""
     document = dict(document)
     table = document.get("quantization")
@@ -82,7 +97,7 @@ def structure_recipe(document: dict[str, Any], options_of: OptionsOf) -> tuple[R
     own = [field.name for field in attrs.fields(QuantizationConfig) if field.name != "options"]
     document["quantization"] = {key: value for key, value in table.items() if key in own}
     recipe, findings = structure(Recipe, document)
-    options, found = _structure_options(table, own, options_of)
+    options, found = _structure_options(table, own, options_of, backends_with)
     findings += found
     if recipe is None or findings:
         return None, findings
@@ -97,10 +112,14 @@ def _sound_sections(document: dict[str, Any], findings: Sequence[Finding]) -> di
     for name, cls in get_type_hints(Recipe).items():
         if name not in unsound:
             sections[name], _ = structure(cls, document.get(name, {}))
+    if "quantization" not in document:
+        sections["quantization"] = None
     return sections
 
 
-def _structure_options(table: dict[str, Any], own: list[str], options_of: OptionsOf) -> tuple[Any, list[Finding]]:
+def _structure_options(
+    table: dict[str, Any], own: list[str], options_of: OptionsOf, backends_with: BackendsWith
+) -> tuple[Any, list[Finding]]:
     backend = table.get("backend")
     if not isinstance(backend, str) or not backend.strip():
         return None, []  # already a finding
@@ -111,7 +130,7 @@ def _structure_options(table: dict[str, Any], own: list[str], options_of: Option
     given = {key: value for key, value in table.items() if key not in own}
     options, findings = structure(cls, given, prefix=("quantization",), of=f' for backend "{backend}"', more=own)
     if options is None or findings:
-        return None, findings
+        return None, [_explain(finding, backend, cls, given, backends_with) for finding in findings]
     if hasattr(options, "problems"):
         findings = [
             Finding(code="QT016", path=("quantization", key), message=message) for key, message in options.problems()
@@ -119,6 +138,19 @@ def _structure_options(table: dict[str, Any], own: list[str], options_of: Option
     if hasattr(options, "resolved") and not findings:
         options = options.resolved()
     return options, findings
+
+
+def _explain(finding: Finding, backend: str, cls: type, given: dict[str, Any], backends_with: BackendsWith) -> Finding:
+    """The finding with what is known of the option elsewhere, or of the value that was refused."""
+    key = str(finding.path[1]) if len(finding.path) > 1 else ""
+    if finding.code == "QT012" and len(finding.path) == 2:
+        others = [other for other in backends_with(key) if other != backend]
+        if others:
+            owners = " and ".join(f'"{other}"' for other in others)
+            message = f'{key} has no meaning for backend "{backend}"'
+            return attrs.evolve(finding, code="QT016", message=message, hint=f"it is an option of {owners}")
+    hint = cls.hint(key, given[key]) if hasattr(cls, "hint") and key in given else None
+    return attrs.evolve(finding, hint=hint) if hint else finding
 
 
 def _read(path: Path) -> str:

@@ -82,7 +82,7 @@ def _section(title: str, cls: type) -> str:
         if field.name == "options" or attrs.has(_member(hints[field.name])):
             continue
         meaning = docs.get(field.name, "").replace("|", "\\|")
-        lines.append(f"| `{field.name}` | {_type(hints[field.name])} | {_default(field)} | {meaning} |")
+        lines.append(f"| `{field.name}` | {type_words(hints[field.name])} | {default_words(field)} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
@@ -90,7 +90,8 @@ def _member(annotation: Any) -> Any:
     return get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
 
 
-def _default(field: Any) -> str:
+def default_words(field: Any) -> str:
+    """The default of an attrs field as a recipe writes it, in backticks; `required`, or nothing where it is unset."""
     if field.default is attrs.NOTHING:
         return "required"
     factory = isinstance(field.default, attrs.Factory)  # type: ignore[arg-type]  # a class at run time
@@ -101,14 +102,15 @@ def _default(field: Any) -> str:
     return f"`{json.dumps(value)}`"
 
 
-def _type(annotation: Any) -> str:
+def type_words(annotation: Any) -> str:
+    """What a field of this type takes, in words; values stand in backticks."""
     names = {int: "integer", float: "number", str: "string", bool: "boolean"}
     if annotation in names:
         return names[annotation]
     if get_origin(annotation) is Literal:
         return " or ".join(f"`{json.dumps(value)}`" for value in get_args(annotation))
     if get_origin(annotation) in (tuple, list):
-        return f"list of {_type(get_args(annotation)[0])}s"
+        return f"list of {type_words(get_args(annotation)[0])}s"
     if _is_union(annotation):
-        return " or ".join(_type(member) for member in get_args(annotation) if member is not type(None))
+        return " or ".join(type_words(member) for member in get_args(annotation) if member is not type(None))
     return str(annotation)

@@ -63,6 +63,14 @@ class AdapterConfig:
     """Rank-stabilized scaling, alpha / sqrt(r)."""
     use_dora: bool = False
     """Weight-decomposed adaptation: magnitude and direction of each weight are trained apart."""
+    init: Literal["default", "gaussian", "pissa", "olora", "loftq"] = "default"
+    """How the update begins. `default` and `gaussian`: at zero. `pissa`: with the principal singular vectors of each
+    weight; `olora`: with its QR decomposition; both are taken out of the base before it is packed. `loftq`: with what
+    packing would lose, so that base and update together come closest to the weight."""
+    loftq_iterations: int = attrs.field(default=1, validator=positive)
+    """`loftq`: how often packing and fitting the update take turns."""
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Which biases are trained too: those of the adapted layers, or all."""
     modules_to_save: tuple[str, ...] = attrs.field(default=(), validator=patterns)
     """Modules trained in full and saved with the adapter, e.g. `["lm_head", "embed_tokens"]`."""
 
@@ -153,10 +161,14 @@ class TrainingConfig:
     """AdamW's epsilon."""
     weight_decay: float = attrs.field(default=0.0, validator=[at_least(0.0), finite])
     """Decoupled weight decay."""
+    loraplus_lr_ratio: float | None = attrs.field(default=None, validator=attrs.validators.optional((positive, finite)))
+    """LoRA+: the learning rate of the B matrices is this many times that of everything else."""
     max_grad_norm: float = attrs.field(default=1.0, validator=positive)
     """Gradients whose norm is larger are scaled down to it; `inf` clips nothing."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile each block with `torch.compile` for training steps. Costs up to minutes at the first step."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute dtype of the base. `auto`: bf16 where the device has fast bf16 arithmetic, otherwise fp32. Adapters and
     optimizer state are always fp32."""

@@ -6,7 +6,7 @@ import difflib
 import json
 import types
 from collections.abc import Sequence
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import attrs
 import cattrs
@@ -71,7 +71,8 @@ def _findings(error: BaseException, path: Path, cls: type | None, of: str, more:
         key = str(error.args[0])
         kind = "section" if not path else "key"
         table = f"[{_dotted(path)}]" if path else "the recipe"
-        return [Finding(code="QT010", path=(*path, key), message=f'{table} lacks the {kind} "{key}"')]
+        hint = f"expected {_expected(get_type_hints(cls)[key])}" if cls is not None and path else None
+        return [Finding(code="QT010", path=(*path, key), message=f'{table} lacks the {kind} "{key}"', hint=hint)]
     if isinstance(error, BaseValidationError):
         cls = error.cl if attrs.has(error.cl) else cls
         findings: list[Finding] = []
@@ -107,7 +108,8 @@ def _dotted(path: Path) -> str:
     return Finding(code="", path=path, message="").where
 
 
-def _describe(value: Any) -> str:
+def describe(value: Any) -> str:
+    """A value as messages show it: what it is and of which kind."""
     kinds = {bool: "a boolean", int: "a whole number", float: "a number", str: "a string", list: "a list"}
     kind = kinds.get(type(value), "a table" if isinstance(value, dict) else type(value).__name__)
     if isinstance(value, bool):
@@ -139,7 +141,7 @@ def _float(value: float) -> float:
 def _scalar(accepted: tuple[type, ...], name: str, convert: Any = None) -> Any:
     def hook(value: Any, _: Any) -> Any:
         if (isinstance(value, bool) and bool not in accepted) or not isinstance(value, accepted):
-            raise WrongType(f"expected {name}, found {_describe(value)}")
+            raise WrongType(f"expected {name}, found {describe(value)}")
         return convert(value) if convert else value
 
     return hook
@@ -178,7 +180,7 @@ def _structure_union(value: Any, annotation: Any) -> Any:
         if member in (int, float, str, bool) and not (isinstance(value, bool) and member is not bool):
             if isinstance(value, member) or (member is float and isinstance(value, int)):
                 return _CONVERTER.structure(value, member)
-    raise WrongType(f"expected {_expected(annotation)}, found {_describe(value)}")
+    raise WrongType(f"expected {_expected(annotation)}, found {describe(value)}")
 
 
 def _is_among(value: Any, allowed: Sequence[Any]) -> bool:
@@ -193,7 +195,7 @@ def _structure_literal(value: Any, annotation: Any) -> Any:
     names = [one for one in allowed if isinstance(one, str)]
     close = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
     suggestion = f' (did you mean "{close[0]}"?)' if close else ""
-    raise WrongType(f"expected {_expected(annotation)}, found {_describe(value)}{suggestion}")
+    raise WrongType(f"expected {_expected(annotation)}, found {describe(value)}{suggestion}")
 
 
 def _class_hook(cls: Any) -> Any:
@@ -203,7 +205,7 @@ def _class_hook(cls: Any) -> Any:
 
     def hook(value: Any, _: Any) -> Any:
         if not isinstance(value, dict):
-            raise WrongType(f"expected a table, found {_describe(value)}")
+            raise WrongType(f"expected a table, found {describe(value)}")
         return inner(value, cls)
 
     return hook
@@ -226,7 +228,7 @@ def _list_hook(annotation: Any) -> Any:
 
     def hook(value: Any, _: Any) -> Any:
         if not isinstance(value, list):
-            raise WrongType(f"expected {_expected(annotation)}, found {_describe(value)}")
+            raise WrongType(f"expected {_expected(annotation)}, found {describe(value)}")
         return container(_each(value, member))
 
     return hook

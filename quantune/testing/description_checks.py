@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
-from importlib import metadata
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import attrs
 import pytest
 
-from quantune.backends.description import API_VERSION, ENTRY_POINT_GROUP, BackendDescription, Probe
+from quantune.backends.description import API_VERSION, BackendDescription, Probe
+from quantune.backends.discovery import NAME, claims
+from quantune.backends.options import default_options
 from quantune.recipe.reference import field_docs
 from quantune.recipe.structure import structure
 from quantune.testing.case import Case, Subject
@@ -21,7 +21,6 @@ from quantune.testing.failing import expecting_no_error, fail, require
 MEASURED_ON = (4096, 4096)
 BITS_TOLERANCE = 0.005
 RESERVED = ("backend", "skip", "options")
-_NAME = re.compile(r"[a-z0-9]([a-z0-9_.-]{0,62}[a-z0-9])?")
 _IMPORT = """
 import importlib, json, sys
 sys.path[:] = json.loads(sys.argv[1])
@@ -43,9 +42,9 @@ class DescriptionChecks:
     def test_its_name_is_plain(self, case: Case) -> None:
         name = case.description.name
         require(
-            isinstance(name, str) and _NAME.fullmatch(name) is not None,
-            f"name: expected lower-case letters, digits, '-', '_' and '.', at most 64, as people write "
-            f"`backend = ...` in a recipe; found {name!r}",
+            isinstance(name, str) and NAME.fullmatch(name) is not None,
+            f"name: expected a lower-case letter and up to 39 letters, digits, '-' and '_', as people write after "
+            f"`backend =`, found {name!r}",
         )
         require(
             bool(case.description.summary.strip()), "summary: expected a line for `quantune backends list`, found none"
@@ -195,10 +194,8 @@ class DescriptionChecks:
         )
         for name, bits in declared.items():
             table = {"weight_dtype": name} if description.weight_dtypes else {}
-            options, _ = structure(description.options, table)
-            if options is None:
-                continue  # an option without a default: there is no default format to measure
-            options = options.resolved() if hasattr(options, "resolved") else options
+            with expecting_no_error(f"making the default options with {table}", "Give every other option a default."):
+                options = default_options(description, table.get("weight_dtype"))
             with expecting_no_error(f"inner_tensors({MEASURED_ON}, {options!r})", "A weight of 4096 x 4096 must fit."):
                 layout = subject.backend.layout(MEASURED_ON, subject.weight((1, 1)).dtype, options)
             require(
@@ -233,8 +230,8 @@ def _as_table(options: Any) -> dict[str, Any]:
 
 def _modules(description: BackendDescription) -> list[str]:
     """Modules that listing backends and checking recipes import."""
-    installed = metadata.entry_points(group=ENTRY_POINT_GROUP, name=description.name)
-    modules = {entry_point.module for entry_point in installed} | {description.options.__module__}
+    installed = [claim.value.partition(":")[0].strip() for claim in claims() if claim.name == description.name]
+    modules = {*installed, description.options.__module__}
     if "__main__" in modules:
         pytest.fail("the description must be in a module of its own, not in a script", pytrace=False)
     return sorted(modules)

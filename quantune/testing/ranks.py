@@ -9,9 +9,10 @@ import multiprocessing
 import os
 import pickle
 import tempfile
+import time
 import traceback
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -121,7 +122,7 @@ class TwoRanks:
         try:
             for connection in self._connections:
                 connection.send_bytes(pickled)
-            return [self._receive(rank, connection) for rank, connection in enumerate(self._connections)]
+            return self._receive()
         except (RuntimeError, OSError, EOFError):
             self.close()  # the other rank may wait for this one; the next job starts afresh
             raise
@@ -148,13 +149,21 @@ class TwoRanks:
             self._processes.append(process)
             self._connections.append(ours)
 
-    def _receive(self, rank: int, connection: Connection) -> list[float]:
-        if not connection.poll(TIMEOUT):
-            raise RuntimeError(f"rank {rank} has not finished after {TIMEOUT} seconds")
-        answer = connection.recv()
-        if isinstance(answer, str):
-            raise RuntimeError(f"rank {rank} failed:\n{answer}")
-        return answer
+    def _receive(self) -> list[list[float]]:
+        losses: dict[int, list[float]] = {}
+        deadline = time.monotonic() + TIMEOUT
+        while len(losses) < WORLD_SIZE:
+            missing = [one for rank, one in enumerate(self._connections) if rank not in losses]
+            ready = wait(missing, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RuntimeError(f"ranks {sorted({0, 1} - set(losses))} have not finished after {TIMEOUT} seconds")
+            for connection in self._connections:
+                if connection in ready:
+                    rank, answer = self._connections.index(connection), connection.recv()
+                    if isinstance(answer, str):
+                        raise RuntimeError(f"rank {rank} failed:\n{answer}")
+                    losses[rank] = answer
+        return [losses[rank] for rank in range(WORLD_SIZE)]
 
 
 def _serve(rank: int, folder: str, connection: Connection) -> None:

@@ -9,8 +9,8 @@ import torch
 
 from quantune.data.formats import read_prompt
 from quantune.data.tokenization import prompt_ids
-from quantune.model.adapter import load_adapter
-from quantune.model.base import open_base
+from quantune.model.adapter import build_initialization, load_adapter
+from quantune.model.base import open_base, skeleton
 from quantune.model.device import DTYPES, choose_device, choose_precision
 from quantune.model.load import load_model
 from quantune.recipe.schema import Recipe
@@ -35,7 +35,10 @@ def answer(
     base = open_base(recipe.model, allow_remote_code=allow_remote_code)
     trained_here = recipe.training.device == device.type
     dtype = DTYPES[choose_precision(recipe.training.precision if trained_here else "auto", device)]
-    model = load_model(base, recipe.quantization, compute_dtype=dtype, device=device)
+    split = None
+    if adapter is not None:
+        split = build_initialization(skeleton(base), recipe.adapter, seed=recipe.training.seed)
+    model = load_model(base, recipe.quantization, compute_dtype=dtype, device=device, initialization=split)
     answering = model if adapter is None else load_adapter(model, adapter)
     answering.eval()
     torch.manual_seed(recipe.training.seed)

@@ -25,6 +25,7 @@ from quantune.data.tokenization import Sample
 from quantune.errors import NonFiniteError
 from quantune.recipe.schema import Recipe
 from quantune.training.observer import EvaluationResult, Observer, StepMetrics
+from quantune.training.optimizer import set_learning_rate
 from quantune.training.schedule import learning_rate
 
 
@@ -140,8 +141,7 @@ def train_step(job: Job, step: int) -> StepMetrics:
     if not math.isfinite(norm):
         raise NonFiniteError(_not_finite("gradient norm", norm, step, [sample.where for sample in samples]))
     rate = learning_rate(step, config=config, total=job.total_steps, warmup=job.warmup_steps)
-    for group in job.optimizer.param_groups:
-        group["lr"] = rate
+    set_learning_rate(job.optimizer, rate)
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
 

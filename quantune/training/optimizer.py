@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
 from quantune.recipe.schema import TrainingConfig
 
+LR_RATIO = "lr_ratio"
+"""Key of a parameter group: its learning rate as a multiple of the schedule's."""
 
-def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' AdamW with moments in 8 bit; the learning rate is set at each step."""
+
+def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW, or bitsandbytes' AdamW with moments in 8 bit, over what is trained, by name.
+
+    `set_learning_rate` sets the learning rate at each step.
+    """
+    groups = _groups(parameters, config)
     betas = (config.beta1, config.beta2)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(
-            parameters,
+            groups,
             lr=config.learning_rate,
             betas=betas,
             eps=config.eps,
@@ -24,4 +32,21 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: TrainingConfig) 
         )
     from bitsandbytes.optim import AdamW8bit
 
-    return AdamW8bit(parameters, lr=config.learning_rate, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
+    return AdamW8bit(groups, lr=config.learning_rate, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of every group, `rate` times its own ratio."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get(LR_RATIO, 1.0)
+
+
+def _groups(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> list[dict[str, Any]]:
+    """One group; with LoRA+ (arXiv:2402.12354) the B matrices in a second one, with a learning rate of their own."""
+    if config.loraplus_lr_ratio is None:
+        return [{"params": list(parameters.values())}]
+    second = {name for name in parameters if "lora_B" in name}
+    return [
+        {"params": [parameter for name, parameter in parameters.items() if name not in second]},
+        {"params": [parameters[name] for name in sorted(second)], LR_RATIO: config.loraplus_lr_ratio},
+    ]

@@ -20,7 +20,9 @@ from quantune.data import dataset as data
 from quantune.errors import CheckpointError, InterruptedRun
 from quantune.model import adapter
 from quantune.model.base import Base, open_base, skeleton
+from quantune.model.compilation import compile_blocks, require_compiler, suspended
 from quantune.model.device import DTYPES, choose_device
+from quantune.model.initialization import Initialization
 from quantune.model.load import load_model, module_table, packed_fingerprint
 from quantune.recipe.resolve import to_dict, to_toml
 from quantune.recipe.schema import Recipe
@@ -60,6 +62,8 @@ def train(
     if isinstance(recipe.distributed.threads, int):
         torch.set_num_threads(recipe.distributed.threads)
     device = choose_device(recipe.training.device)
+    if recipe.training.compile:
+        require_compiler(device)
 
     observer.phase("opening the base")
     base = open_base(recipe.model, allow_remote_code=allow_remote_code)
@@ -78,15 +82,18 @@ def train(
     recipe = resolve(recipe, device=device, sample_count=len(dataset.samples), longest=longest)
 
     observer.phase("loading the base")
-    model, summary = _load(recipe, base, device)
+    split = adapter.build_initialization(meta, recipe.adapter, seed=recipe.training.seed)
+    model, summary = _load(recipe, base, device, split)
     observer.model(summary)
     parameters = adapter.trainable_parameters(model)
-    optimizer = build_optimizer(parameters.values(), recipe.training)
+    optimizer = build_optimizer(parameters, recipe.training)
     inner = model.get_base_model()
     assert isinstance(inner, PreTrainedModel)
     loss = build_loss(inner)
     if recipe.training.activation_checkpointing:
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if recipe.training.compile:
+        compile_blocks(inner)
 
     fingerprints = _fingerprints(recipe, base, dataset, model)
     progress = Progress()
@@ -106,16 +113,17 @@ def train(
     def run_evaluation(step: int) -> EvaluationResult | None:
         if held_out is None:
             return None
-        result = evaluate(
-            model,
-            loss,
-            held_out.samples,
-            base.tokenizer,
-            recipe.evaluation,
-            pad_id=base.pad_id,
-            device=device,
-            step=step,
-        )
+        with suspended(recipe.training.compile):
+            result = evaluate(
+                model,
+                loss,
+                held_out.samples,
+                base.tokenizer,
+                recipe.evaluation,
+                pad_id=base.pad_id,
+                device=device,
+                step=step,
+            )
         folder.metrics.append({"event": "evaluation", **attrs.asdict(result)})
         evaluations.append(result)
         observer.evaluation(result)
@@ -168,13 +176,17 @@ def train(
     )
 
 
-def _load(recipe: Recipe, base: Base, device: torch.device) -> tuple[PeftModel, ModelSummary]:
+def _load(
+    recipe: Recipe, base: Base, device: torch.device, split: Initialization | None
+) -> tuple[PeftModel, ModelSummary]:
     begun = time.perf_counter()
     dtype = DTYPES[recipe.training.precision]
     with measure_peak(device) as peak:
-        model = load_model(base, recipe.quantization, compute_dtype=dtype, device=device)
+        model = load_model(base, recipe.quantization, compute_dtype=dtype, device=device, initialization=split)
     rows = module_table(model)
-    peft_model = adapter.attach(model, recipe.adapter, base_name=base.source, seed=recipe.training.seed)
+    peft_model = adapter.attach(
+        model, recipe.adapter, base_name=base.source, seed=recipe.training.seed, initialization=split
+    )
     summary = ModelSummary(
         base=base.name,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

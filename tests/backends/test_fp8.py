@@ -1,12 +1,12 @@
-"""The fp8 backend equals transformers' fine-grained fp8 where that holds, and the format's definition at ragged edges."""
+"""The fp8 backend equals transformers' fine-grained fp8 where that holds, and the definition at ragged edges."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from backends.weights import DTYPES, KINDS, weights
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
-from backends.weights import DTYPES, KINDS, weights
 from quantune.backends.backend import adopt_weight, pack_weight
 from quantune.backends.fp8 import Fp8Options
 from quantune.backends.fp8.formats import Fp8Backend

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from backends.weights import DTYPES, KINDS, weights
 from torchao.prototype.mx_formats.mx_tensor import MXTensor, to_mx
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from backends.weights import DTYPES, KINDS, weights
 from quantune.backends.backend import adopt_weight, pack_weight
 from quantune.backends.kernels import E2M1_VALUES, encode_e2m1
 from quantune.backends.mxfp4 import Mxfp4Options

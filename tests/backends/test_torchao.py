@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from backends.weights import DTYPES, KINDS, weights
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, per_tensor_amax_to_scale
 from torchao.quantization import PerGroup, PerRow
 from torchao.quantization.quantize_.workflows import Float8Tensor, Int4Tensor
 from torchao.quantization.quantize_.workflows.int8.int8_tensor import Int8Tensor
 from torchao.quantization.quantize_.workflows.nf4.nf4_tensor import NF4Tensor
 
-from backends.weights import DTYPES, KINDS, weights
 from quantune.backends.backend import pack_weight
 from quantune.backends.torchao import TorchaoOptions
 from quantune.backends.torchao.formats import TorchaoBackend

@@ -26,7 +26,7 @@ class Run:
         np.random.seed(seed)
         self.model = nn.Sequential(nn.Linear(64, 128), nn.Dropout(0.3), nn.Linear(128, 1))
         self.parameters = dict(self.model.named_parameters())
-        self.optimizer = build_optimizer(self.parameters.values(), TrainingConfig(optimizer=optimizer))
+        self.optimizer = build_optimizer(self.parameters, TrainingConfig(optimizer=optimizer))
 
     def steps(self, count):
         for _ in range(count):

@@ -3,75 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from commands import QUICKSTART, ROOT, quantune_command, recipe, refused
 
 import quantune
-
-ROOT = Path(__file__).parents[2]
-QUICKSTART = "recipes/quickstart.toml"
-DESCRIPTION = """\
-import attrs
-from quantune.backends.description import BackendDescription, Probe
-
-@attrs.frozen(kw_only=True)
-class Options:
-    weight_dtype: str = "w4"
-    group_size: int = 128
-
-description = BackendDescription(
-    name="mine", summary="", weight_dtypes=("w4",), options=Options, probe=lambda: Probe(available=True), load=None
-)
-"""
-
-
-def quantune_command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m quantune` in the repository, wide enough that no line of a table wraps."""
-    env = {**os.environ, "COLUMNS": "300", "NO_COLOR": "1", **variables}
-    command = [sys.executable, "-m", "quantune", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-
-
-def refused(*arguments: str, **variables: str) -> str:
-    """What a command says on standard error when it exits with 2, without a traceback."""
-    done = quantune_command(*arguments, **variables)
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr and done.stdout == ""
-    return done.stderr
-
-
-def install(folder: Path, package: str, backends: dict[str, str], code: str | None = None) -> str:
-    """Put a distribution with backends into `folder`; its module is named like the package."""
-    info = folder / f"{package}-1.0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-    lines = [f"{name} = {value}" for name, value in backends.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[quantune.backends]", *lines, ""]))
-    if code is not None:
-        (folder / f"{package}.py").write_text(code)
-    return str(folder)
-
-
-def rows(folder: str) -> dict[str, dict]:
-    """`backends list --json` with `folder` on the path, by name."""
-    done = quantune_command("backends", "list", "--json", PYTHONPATH=folder)
-    assert done.returncode == 0, done.stderr
-    return {row["name"]: row for row in json.loads(done.stdout)}
-
-
-def recipe(folder: Path, text: str = "", *, backend: str = "bnb") -> str:
-    """A recipe whose data is there, with lines added at its end."""
-    (folder / "train.jsonl").write_text("{}\n")
-    path = folder / "recipe.toml"
-    path.write_text(
-        f'[model]\nbase = "builtin:mini"\n[quantization]\nbackend = "{backend}"\n'
-        f'[[data.train]]\npath = "train.jsonl"\nformat = "chat"\n{text}\n'
-    )
-    return str(path)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +22,9 @@ def recipe(folder: Path, text: str = "", *, backend: str = "bnb") -> str:
         ["check", QUICKSTART, "--json"],
         ["backends", "list"],
         ["backends", "list", "--json"],
+        ["backends", "show", "bnb"],
+        ["backends", "show", "torchao", "--json"],
+        ["backends", "check", "--help"],
     ],
     ids=" ".join,
 )
@@ -175,73 +116,3 @@ def test_debug_anywhere_on_the_line_shows_the_traceback_as_well(place):
     assert done.returncode == 2
     assert "Traceback" in done.stderr and "RecipeError" in done.stderr
     assert "1 problem in the recipe" in done.stderr
-
-
-def test_the_built_in_backend_is_listed_with_what_it_can_do():
-    (row,) = json.loads(quantune_command("backends", "list", "--json").stdout)
-    assert row["name"] == "bnb" and row["package"] == "quantune" and row["status"] == "available"
-    assert row["weight_dtypes"] == ["nf4", "fp4", "int8"]
-
-
-def test_an_installed_plugin_is_listed_without_being_imported(tmp_path):
-    code = "from pathlib import Path\nPath(__file__).with_suffix('.imported').touch()\n"
-    found = rows(install(tmp_path, "plugin", {"mine": "plugin:description"}, code))
-    assert list(found) == ["bnb", "mine"]
-    assert found["mine"]["package"] == "plugin" and found["mine"]["version"] == "1.0"
-    assert found["mine"]["status"] == "installed"
-    assert not (tmp_path / "plugin.imported").exists()
-    assert "mine" in quantune_command("backends", "list", PYTHONPATH=str(tmp_path)).stdout
-
-
-def test_a_plugin_that_claims_a_built_in_name_is_a_row_that_says_so_and_shadows_nothing(tmp_path):
-    folder = install(tmp_path, "impostor", {"bnb": "impostor:description"}, "raise RuntimeError")
-    found = rows(folder)
-    assert found["bnb"]["package"] == "quantune" and found["bnb"]["status"] == "available"
-    assert found["bnb (impostor)"]["status"] == "broken"
-    assert "impostor claims the name of a built-in backend" in found["bnb (impostor)"]["reason"]
-    assert quantune_command("check", QUICKSTART, PYTHONPATH=folder).returncode == 0
-
-
-def test_a_name_that_two_packages_claim_is_one_row_that_names_both_and_can_not_be_used(tmp_path):
-    install(tmp_path, "one", {"mine": "one:description"})
-    folder = install(tmp_path, "two", {"mine": "two:description"})
-    assert rows(folder)["mine"]["status"] == "broken"
-    assert rows(folder)["mine"]["reason"] == "claimed by one and two; uninstall all but one"
-    assert "claimed by one and two" in refused("check", recipe(tmp_path, backend="mine"), PYTHONPATH=folder)
-
-
-def test_a_package_without_metadata_does_not_break_the_list(tmp_path):
-    folder = install(tmp_path, "plugin", {"mine": "plugin:description"})
-    (tmp_path / "plugin-1.0.dist-info" / "METADATA").unlink()
-    install(tmp_path, "sound", {"mine": "plugin:description", "other": "sound:description"})
-    found = rows(folder)
-    assert found["mine"]["reason"] == "claimed by sound and unknown; uninstall all but one"
-    assert found["other"]["status"] == "installed"
-
-
-def test_a_plugin_brings_its_own_options(tmp_path):
-    folder = install(tmp_path, "plugin", {"mine": "plugin:description"}, DESCRIPTION)
-    done = quantune_command("check", recipe(tmp_path, backend="mine"), PYTHONPATH=folder)
-    assert done.returncode == 0 and "group_size = 128" in done.stdout
-    wrong = ("--set", "quantization.block_size=64")
-    said = refused("check", recipe(tmp_path, backend="mine"), *wrong, PYTHONPATH=folder)
-    assert 'unknown key "block_size" for backend "mine"' in said
-
-
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        ("import not_installed_anywhere", "can't be imported: ModuleNotFoundError"),
-        ("raise RuntimeError('[/] broken')", "can't be imported: RuntimeError: [/] broken"),
-        ("import sys; sys.exit(3)", "can't be imported: SystemExit: 3"),
-        ("other = 1", "can't be imported: AttributeError"),
-        ("description = 1", "expected its entry point to be a BackendDescription, found int"),
-        (DESCRIPTION.replace('name="mine",', 'name="mine", api_version=99,'), "was written for version 99"),
-        (DESCRIPTION.replace("options=Options", "options=dict"), "expected its options to be an attrs class"),
-    ],
-)
-def test_a_broken_plugin_that_a_recipe_names_is_a_message_with_its_package(tmp_path, code, message):
-    folder = install(tmp_path, "plugin", {"mine": "plugin:description"}, code)
-    said = refused("check", recipe(tmp_path, backend="mine"), PYTHONPATH=folder)
-    assert message in said and 'backend "mine" of package plugin' in said
-    assert "[quantization.backend]" in said and "recipe.toml:4:1" in said

@@ -86,13 +86,6 @@ def test_weights_that_should_be_packed_and_are_not_fail_the_load(gpt2):
         load(gpt2, quantization())
 
 
-def test_experts_that_are_not_packed_fail_the_load_unless_they_are_skipped(mixtral):
-    with pytest.raises(QuantizationError, match=r"2 weights .* still in full precision: model.layers.0.mlp.experts"):
-        load(mixtral, quantization())
-    model = load(mixtral, quantization(skip=["experts"]))
-    assert isinstance(model.model.layers[0].self_attn.q_proj, QuantLinear)
-
-
 def test_a_weight_that_is_not_finite_is_named(llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(llama)
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")

@@ -159,3 +159,16 @@ def test_all_contradictions_are_reported_at_once(tmp_path):
 )
 def test_what_goes_together_is_no_contradiction(tmp_path, addition):
     load(write(tmp_path, VALID + addition + "\n"))
+
+
+def test_loftq_needs_packed_weights(tmp_path):
+    text = VALID.replace("r = 8", 'r = 8\ninit = "loftq"')
+    assert load(write(tmp_path, text)).adapter.init == "loftq"
+    dense = text.replace('[quantization]\nbackend = "toy"\nweight_dtype = "nf4"\n', "")
+    (problem,) = problems(write(tmp_path, dense))
+    assert problem.where == "adapter.init" and "nothing is packed" in problem.message
+
+
+def test_loftq_iterations_belong_to_loftq(tmp_path):
+    (problem,) = problems(write(tmp_path, VALID.replace("r = 8", "r = 8\nloftq_iterations = 3")))
+    assert problem.where == "adapter.loftq_iterations" and 'no meaning for init = "default"' in problem.message

@@ -1,0 +1,124 @@
+"""Initializations of an adapter that look at the weight, or at what packing it loses.
+
+The base is split before it is packed: W = scaling * B A + R, and R is what gets packed. The adapter begins as B A, so
+base and adapter together begin where the base was.
+
+pissa   B A holds the r largest singular values of W (arXiv:2404.02948).
+olora   B A is the first r columns and rows of W's QR decomposition (arXiv:2406.01775).
+loftq   B A comes closest to what packing R loses, and R = W - scaling * B A, in turns (arXiv:2310.08659).
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import attrs
+import torch
+from torch import Tensor
+
+from quantune.recipe.schema import AdapterConfig
+
+RoundTrip = Callable[[Tensor], Tensor]
+"""Packs a weight and dequantizes it, fp32."""
+
+FULL_SVD_UP_TO = 1024
+"""Above this many rows or columns singular vectors come from subspace iteration, which is far cheaper."""
+OVERSAMPLING, POWER_ITERATIONS = 8, 16
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Factors:
+    """The update that an adapter begins with, scaling * B A."""
+
+    lora_A: Tensor
+    """(r, in features), fp32."""
+    lora_B: Tensor
+    """(out features, r), fp32."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Initialization:
+    """Splits the weights of the adapted layers while the base is loaded, and keeps the adapter's share."""
+
+    method: Literal["pissa", "olora", "loftq"]
+    r: int
+    scaling: float
+    iterations: int
+    """`loftq`: how often packing and fitting take turns."""
+    seed: int
+    names: frozenset[str]
+    """The adapted layers."""
+    factors: dict[str, Factors] = attrs.field(factory=dict)
+    """By layer, once its weight was split."""
+
+    def split(self, name: str, weight: Tensor, round_trip: RoundTrip | None) -> Tensor:
+        """What is left of `weight`, (out features, in features), for the base; its dtype stays.
+
+        `round_trip` is None for a layer that is not packed: there packing loses nothing, and `loftq` has nothing to do.
+        """
+        if name not in self.names or (self.method == "loftq" and round_trip is None):
+            return weight
+        dense = weight.float()
+        if self.method == "loftq":
+            assert round_trip is not None
+            rest, factors = self._loftq(name, dense, weight.dtype, round_trip)
+        else:
+            factors = self._olora(dense) if self.method == "olora" else self._principal(name, dense)
+            rest = dense - self._update(factors)
+        self.factors[name] = factors
+        return rest.to(weight.dtype)
+
+    def _loftq(self, name: str, weight: Tensor, dtype: torch.dtype, round_trip: RoundTrip) -> tuple[Tensor, Factors]:
+        rest = weight
+        for turn in range(self.iterations):
+            lost = weight - round_trip(rest.to(dtype))
+            factors = self._principal(name, lost)
+            if turn + 1 < self.iterations:
+                rest = weight - self._update(factors)
+        return rest, factors
+
+    def _olora(self, weight: Tensor) -> Factors:
+        orthogonal, upper = torch.linalg.qr(weight)
+        return Factors(lora_A=upper[: self.r].contiguous(), lora_B=orthogonal[:, : self.r].contiguous())
+
+    def _principal(self, name: str, matrix: Tensor) -> Factors:
+        """The best update of rank r for `matrix`, its singular values shared out evenly between A and B."""
+        if min(matrix.shape) <= FULL_SVD_UP_TO:
+            left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        else:
+            with torch.random.fork_rng():
+                torch.manual_seed(self.seed ^ zlib.crc32(name.encode()))  # alike whatever was loaded before
+                rank = min(self.r + OVERSAMPLING, *matrix.shape)
+                left, values, right_columns = torch.svd_lowrank(matrix, q=rank, niter=POWER_ITERATIONS)
+            right = right_columns.mH
+        roots = (values[: self.r] / self.scaling).sqrt()
+        lora_A = roots[:, None] * right[: self.r]
+        lora_B = left[:, : self.r] * roots
+        missing = self.r - len(roots)  # a rank above the matrix's own
+        if missing > 0:
+            lora_A = torch.cat([lora_A, lora_A.new_zeros(missing, lora_A.shape[1])])
+            lora_B = torch.cat([lora_B, lora_B.new_zeros(lora_B.shape[0], missing)], dim=1)
+        return Factors(lora_A=lora_A.contiguous(), lora_B=lora_B.contiguous())
+
+    def _update(self, factors: Factors) -> Tensor:
+        return self.scaling * (factors.lora_B @ factors.lora_A)
+
+
+def initialization(config: AdapterConfig, names: Iterable[str], *, seed: int) -> Initialization | None:
+    """The initialization that a recipe asks for; None where the adapter begins at zero.
+
+    `names` are the layers that `config.targets` covers.
+    """
+    if config.init not in ("pissa", "olora", "loftq"):
+        return None
+    return Initialization(
+        method=config.init,  # type: ignore[arg-type]  # narrowed above
+        r=config.r,
+        scaling=config.alpha / (math.sqrt(config.r) if config.use_rslora else config.r),
+        iterations=config.loftq_iterations,
+        seed=seed,
+        names=frozenset(names),
+    )

@@ -1,0 +1,115 @@
+"""Fused experts over packed weights.
+
+Shape suffixes: S slots (token-expert pairs), T tokens, K experts per token, H hidden size, E experts.
+
+A mixture of experts keeps its weights as 3-D parameters, one slice an expert. Packed, such a parameter keeps its name
+and becomes bytes, shape (experts, bytes of one expert): each expert is a packed weight (out features, in features) of
+its own, whichever way round the architecture stores it, so every backend stores experts. One function, registered
+with transformers, computes all of them; only experts that a token was sent to are dequantized.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from quantune.quantized.linear import WeightFormat, packed_linear
+
+IMPLEMENTATION = "quantune"
+"""The name under which transformers finds the function."""
+PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+"""Weights that transformers' experts modules may have."""
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether transformers lets other functions than its own compute this module."""
+    return all(hasattr(module, name) for name in ("num_experts", "is_transposed", "has_gate", "has_bias"))
+
+
+def projections(module: nn.Module) -> dict[str, Tensor]:
+    """The weights of an experts module by name."""
+    parameters = dict(module.named_parameters(recurse=False))
+    return {name: parameters[name] for name in PROJECTIONS if name in parameters}
+
+
+def expert_shape(module: nn.Module, weight: Tensor) -> tuple[int, int]:
+    """(out features, in features) of one expert of a 3-D weight."""
+    _, first, second = weight.shape
+    return (second, first) if module.is_transposed else (first, second)
+
+
+def as_rows(module: nn.Module, expert: Tensor) -> Tensor:
+    """One expert's weight as (out features, in features)."""
+    return expert.T if module.is_transposed else expert
+
+
+def weight_formats(module: nn.Module) -> dict[str, WeightFormat]:
+    """The formats of the packed weights of a module, by name; empty where nothing is packed."""
+    return getattr(module, "packed_formats", {})
+
+
+def set_packed(module: nn.Module, name: str, weight_format: WeightFormat) -> nn.Parameter:
+    """Replace the 3-D weight called `name` by bytes on the meta device, to be loaded."""
+    count = projections(module)[name].shape[0]
+    data = torch.empty(count, weight_format.layout.nbytes, dtype=torch.uint8, device="meta")
+    parameter = nn.Parameter(data, requires_grad=False)
+    module.register_parameter(name, parameter)
+    module.packed_formats = {**weight_formats(module), name: weight_format}  # type: ignore[assignment]  # not a tensor
+    return parameter
+
+
+def dequantize_expert(module: nn.Module, name: str, expert: int, dtype: torch.dtype) -> Tensor:
+    """The weight of one expert as a tensor of its own, (out features, in features)."""
+    data = module.get_parameter(name).detach()[expert]
+    weight_format = weight_formats(module).get(name)
+    return as_rows(module, data).to(dtype) if weight_format is None else weight_format.dequantize(data, dtype)
+
+
+@torch.compiler.disable  # how many tokens an expert gets is data: a graph can't hold it
+def packed_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The experts' output, as transformers' own function for `module` gives it.
+
+    Args:
+        hidden_states: (T, H).
+        top_k_index: (T, K) int64; `num_experts` and above stand for no expert.
+        top_k_weights: (T, K).
+    """
+    count: int = module.num_experts  # type: ignore[assignment]  # modules' attributes are typed as modules
+    experts_S = top_k_index.reshape(-1)
+    order_S = torch.argsort(experts_S, stable=True)
+    counts = torch.bincount(experts_S.clamp_max(count), minlength=count + 1)[:count].tolist()
+    outputs, start = [], 0
+    for expert, slots in enumerate(counts):
+        if slots:
+            tokens = order_S[start : start + slots] // top_k_index.shape[1]
+            outputs.append(_one_expert(module, expert, hidden_states[tokens]))
+            start += slots
+    if not outputs:
+        return torch.zeros_like(hidden_states)
+    # every slot is written once and summed in the order of the slots, so that the result is the same on every run
+    results_SH = hidden_states.new_zeros(len(experts_S), hidden_states.shape[-1])
+    results_SH = results_SH.index_copy(0, order_S[:start], torch.cat(outputs).to(hidden_states.dtype))
+    weighted_TKH = results_SH.view(*top_k_index.shape, -1) * top_k_weights[..., None]
+    return weighted_TKH.sum(dim=1).to(hidden_states.dtype)
+
+
+def _one_expert(module: nn.Module, expert: int, x: Tensor) -> Tensor:
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    hidden = _project(module, first, expert, x)
+    hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)  # type: ignore[operator]
+    hidden = _project(module, "down_proj", expert, hidden)
+    return module.post_expert_norm(hidden) if getattr(module, "has_post_expert_norm", False) else hidden  # type: ignore[operator]
+
+
+def _project(module: nn.Module, name: str, expert: int, x: Tensor) -> Tensor:
+    weight = module.get_parameter(name)[expert]
+    bias = module.get_parameter(f"{name}_bias")[expert] if module.has_bias else None
+    weight_format = weight_formats(module).get(name)
+    if weight_format is None:
+        return functional.linear(x, as_rows(module, weight), bias)
+    return packed_linear(x, weight, bias, weight_format)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, packed_experts)

@@ -1,0 +1,37 @@
+"""Running the commands as a person does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = "recipes/quickstart.toml"
+
+
+def quantune_command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m quantune` in the repository, wide enough that no line of a table wraps."""
+    env = {**os.environ, "COLUMNS": "300", "NO_COLOR": "1", **variables}
+    command = [sys.executable, "-m", "quantune", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+def refused(*arguments: str, **variables: str) -> str:
+    """What a command says on standard error when it exits with 2, without a traceback."""
+    done = quantune_command(*arguments, **variables)
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    return done.stderr
+
+
+def recipe(folder: Path, text: str = "", *, backend: str = "bnb") -> str:
+    """A recipe whose data is there, with lines added at its end."""
+    (folder / "train.jsonl").write_text("{}\n")
+    path = folder / "recipe.toml"
+    path.write_text(
+        f'[model]\nbase = "builtin:mini"\n[quantization]\nbackend = "{backend}"\n'
+        f'[[data.train]]\npath = "train.jsonl"\nformat = "chat"\n{text}\n'
+    )
+    return str(path)
