@@ -24,7 +24,7 @@ from quantune_hqq import SUGGESTED_GROUP_SIZES, HqqOptions, codes, solver
 SMALLEST_SCALE = 2.0**-126
 """The smallest normal number of bf16."""
 LARGEST_ZERO = 2.0**15
-"""In steps. A group that is narrow and far from 0 has a wider scale, so that its zero point stays within fp16 (65504)."""
+"""In steps. A group that is narrow and far from 0 gets a wider scale: its zero point must stay within fp16 (65504)."""
 FITTED_AT_ONCE = {"cpu": 1 << 18}
 """Weights fitted at a time: on a CPU, few enough that the temporaries stay in its cache."""
 

@@ -14,8 +14,8 @@ An auxiliary e splits it into two problems that are solved in turn:
 Since q = x + z - r the new zero point is z - mean(r - e): it moves by the part of the error that shrinking takes away.
 
 The paper's own code measures errors in the weights' unit, where beta = 10 shrinks every error of usual weights to
-nothing: p has no say, and weights times 1000 are stored otherwise. Here errors are measured in steps: with the constants
-below, one above a sixth of a step is an outlier's, whatever the scale.
+nothing: p has no say, and weights times 1000 are stored otherwise. Here errors are measured in steps: one above a sixth
+of a step is an outlier's, whatever the scale.
 """
 
 from __future__ import annotations
