@@ -98,9 +98,10 @@ def test_a_recipe_is_checked_and_completed(quantune):
     ("change", "message"),
     [
         ('quantization.weight_dtype="int5"', 'expected one of "int8", "int4", "int3", "int2"'),
+        ("quantization.weight_dtype=3", 'weight_dtype = "int3"'),
         ("quantization.group_size=12", "expected a positive multiple of 8, found 12"),
         ("quantization.lp_norm=2.0", "must be greater than 0 and at most 1, found 2.0"),
-        ("quantization.block_size=64", 'unknown key "block_size" for backend "hqq"'),
+        ("quantization.block_size=64", 'block_size has no meaning for backend "hqq"'),
     ],
 )
 def test_a_wrong_option_is_a_message_and_exit_code_2(quantune, change, message):
