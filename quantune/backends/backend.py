@@ -32,7 +32,11 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def pack(self, weight: Tensor, options: Any) -> Mapping[str, Tensor]:
-        """Quantize a finite float `weight` (out features, in features) into the tensors of `inner_tensors`."""
+        """Quantize a finite float `weight` (out features, in features) into the tensors of `inner_tensors`.
+
+        Raises:
+            QuantizationError: the format can't store these values. The message follows the weight's name and a colon.
+        """
 
     @abc.abstractmethod
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -97,7 +101,11 @@ def pack_weight(backend: Backend, weight: Tensor, options: Any, *, name: str = "
             f"fetch it again, or name the module in [quantization] skip"
         )
     layout = layout_of(backend, (weight.shape[0], weight.shape[1]), weight.dtype, options, name=name)
-    return PackedWeight(layout, layout.write(backend.pack(weight.contiguous(), options)))
+    try:
+        tensors = backend.pack(weight.contiguous(), options)
+    except QuantizationError as error:
+        raise QuantizationError(f"{name}: {error}") from error
+    return PackedWeight(layout, layout.write(tensors))
 
 
 def layout_of(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quantune.comparison.rows import DequantizeFigures, LayerFigures
 from quantune.errors import QuantizationError
+from quantune.model.load import packed_weights
 from quantune.quantized.linear import WeightFormat
 
 MIN_ROUNDS = 3
@@ -42,13 +43,9 @@ class PackedParameter:
 
 
 def packed_parameters(model: nn.Module) -> Iterator[PackedParameter]:
-    """Every packed parameter: the `weight` of a module with a `weight_format`, and the stacks of experts that a module
-    describes by name in `packed_formats`."""
+    """Every packed parameter of a model, stacks of experts included."""
     for name, module in model.named_modules():
-        formats = getattr(module, "packed_formats", {})
-        if hasattr(module, "weight_format"):
-            formats = {"weight": module.weight_format}
-        for leaf, weight_format in formats.items():
+        for leaf, weight_format in packed_weights(module).items():
             yield PackedParameter(
                 name=f"{name}.{leaf}",
                 weight_format=weight_format,

@@ -19,24 +19,7 @@ from torch.nn import functional
 from quantune.backends.backend import Backend
 from quantune.backends.layout import PackedLayout, PackedWeight
 from quantune.quantized import ops
-
-
-class Workspace:
-    """One buffer per device and dtype that dequantized weights are written into, grown to the largest.
-
-    On a CPU a fresh buffer for every dequantized weight costs several times the dequantizing itself (page faults).
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def get(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A contiguous tensor of `shape` whose contents are undefined; it is the caller's until the next call."""
-        count = torch.Size(shape).numel()
-        buffer = self._buffers.get((device, dtype))
-        if buffer is None or buffer.numel() < count:
-            buffer = self._buffers[device, dtype] = torch.empty(count, dtype=dtype, device=device)
-        return buffer[:count].view(shape)
+from quantune.quantized.workspace import Workspace
 
 
 @attrs.frozen(eq=False)
@@ -50,7 +33,7 @@ class WeightFormat:
     """Names the format to the operators of compiled graphs."""
 
     def __attrs_post_init__(self) -> None:
-        object.__setattr__(self, "key", ops.register(self))
+        object.__setattr__(self, "key", ops.register(self.backend, self.layout))
 
     def dequantize(self, data: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight in a tensor of its own, shape (O, I)."""
@@ -58,10 +41,7 @@ class WeightFormat:
 
     def borrow(self, data: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight, shape (O, I), valid until the next weight is borrowed."""
-        out = None
-        if self.backend.fills_out(self.layout, dtype):
-            out = self.workspace.get(self.layout.shape, dtype, data.device)
-        return self.backend.dequantize(PackedWeight(self.layout, data), dtype, out)
+        return self.workspace.dequantize(self.backend, PackedWeight(self.layout, data), dtype)
 
 
 class PackedLinear(torch.autograd.Function):

@@ -7,57 +7,64 @@ format, and each of them dequantizes, multiplies, and lets the weight go.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from quantune.quantized.linear import WeightFormat
+from quantune.backends.backend import Backend
+from quantune.backends.layout import PackedLayout, PackedWeight
+from quantune.quantized.workspace import Workspace
 
-_FORMATS: dict[str, WeightFormat] = {}
+_FORMATS: dict[str, tuple[Backend, PackedLayout]] = {}
+_WORKSPACE = Workspace()
 
 
-def register(weight_format: WeightFormat) -> str:
+def register(backend: Backend, layout: PackedLayout) -> str:
     """The key under which the operators find a format: equal layouts have equal keys."""
-    layout = weight_format.layout
     key = f"{layout.backend} {layout.shape} {layout.dtype} {layout.options!r}"
-    _FORMATS.setdefault(key, weight_format)
+    _FORMATS[key] = backend, layout
     return key
+
+
+def _borrow(data: Tensor, dtype: torch.dtype, key: str) -> Tensor:
+    backend, layout = _FORMATS[key]
+    return _WORKSPACE.dequantize(backend, PackedWeight(layout, data), dtype)
 
 
 @torch.library.custom_op("quantune::dequantize", mutates_args=())
 def dequantize(data: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     """The dense weight, for what needs it as such (DoRA's norms)."""
-    return _FORMATS[key].dequantize(data, dtype)
+    backend, layout = _FORMATS[key]
+    return backend.dequantize(PackedWeight(layout, data), dtype)
 
 
 @dequantize.register_fake
 def _(data: Tensor, dtype: torch.dtype, key: str) -> Tensor:
-    return data.new_empty(_FORMATS[key].layout.shape, dtype=dtype)
+    return data.new_empty(_FORMATS[key][1].shape, dtype=dtype)
 
 
 @torch.library.custom_op("quantune::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, data: Tensor, bias: Tensor | None, key: str) -> Tensor:
     """x @ W.T + bias, W dequantized from `data`."""
-    return functional.linear(x, _FORMATS[key].borrow(data, x.dtype), None if bias is None else bias.to(x.dtype))
+    return functional.linear(x, _borrow(data, x.dtype, key), None if bias is None else bias.to(x.dtype))
 
 
 @packed_linear.register_fake
 def _(x: Tensor, data: Tensor, bias: Tensor | None, key: str) -> Tensor:
-    return x.new_empty(*x.shape[:-1], _FORMATS[key].layout.shape[0])
+    return x.new_empty(*x.shape[:-1], _FORMATS[key][1].shape[0])
 
 
 @torch.library.custom_op("quantune::packed_linear_backward", mutates_args=())
 def packed_linear_backward(grad: Tensor, data: Tensor, key: str) -> Tensor:
     """grad @ W, W dequantized from `data`."""
-    return grad @ _FORMATS[key].borrow(data, grad.dtype)
+    return grad @ _borrow(data, grad.dtype, key)
 
 
 @packed_linear_backward.register_fake
 def _(grad: Tensor, data: Tensor, key: str) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], _FORMATS[key].layout.shape[1])
+    return grad.new_empty(*grad.shape[:-1], _FORMATS[key][1].shape[1])
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
