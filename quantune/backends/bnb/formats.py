@@ -17,6 +17,7 @@ import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
+from quantune.backends import kernels
 from quantune.backends.backend import Backend
 from quantune.backends.bnb import BnbOptions
 from quantune.backends.layout import PackedLayout, PackedWeight, TensorSpec
@@ -24,6 +25,7 @@ from quantune.backends.layout import PackedLayout, PackedWeight, TensorSpec
 NESTED_BLOCK_SIZE = 256
 """Scales that share one scale under double quantization; fixed in bitsandbytes."""
 INT8_STEP = 1 / 127
+SMALLEST_ABSMAX = 2.0**-120
 
 
 class BnbBackend(Backend):
@@ -69,7 +71,7 @@ class BnbBackend(Backend):
 
     def fills_out(self, layout: PackedLayout, dtype: torch.dtype) -> bool:
         options: BnbOptions = layout.options  # type: ignore[assignment]  # the layout is backend-agnostic
-        return options.weight_dtype == "int8" and dtype == torch.float32
+        return options.weight_dtype == "int8"
 
     def dequantize(self, packed: PackedWeight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         options: BnbOptions = packed.layout.options  # type: ignore[assignment]  # the layout is backend-agnostic
@@ -94,14 +96,21 @@ class BnbBackend(Backend):
 
 def _pack_int8(weight: Tensor) -> dict[str, Tensor]:
     absmax = weight.abs().amax(dim=1).float()
-    scale = torch.where(absmax > 0, 127.0 / absmax, 0.0)  # a row of zeros has no scale: its codes are zeros
+    # a row of zeros has no scale: its codes are zeros; below SMALLEST_ABSMAX 127 / absmax would overflow
+    scale = torch.where(absmax > 0, 127.0 / absmax.clamp_min(SMALLEST_ABSMAX), 0.0)
     return {"codes": torch.round(weight * scale[:, None]).to(torch.int8), "absmax": absmax}
 
 
 def _dequantize_int8(codes: Tensor, absmax: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    if out is None or out.dtype != torch.float32:
-        return (codes * absmax[:, None]).mul_(INT8_STEP).to(dtype)
-    return out.copy_(codes).mul_(absmax[:, None]).mul_(INT8_STEP)
+    in_features = codes.shape[1]
+    flat = codes.view(-1)
+
+    def decode(start: int, stop: int, chunk: Tensor) -> None:
+        chunk.copy_(flat[start:stop])
+        kernels.scale_blocks_(chunk, absmax[start // in_features :], in_features)
+        chunk.mul_(INT8_STEP)  # two roundings, as there
+
+    return kernels.fill(torch.empty_like(codes, dtype=dtype) if out is None else out, decode, step=in_features)
 
 
 @lru_cache
