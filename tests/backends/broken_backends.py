@@ -126,7 +126,7 @@ class CrashesOnZeros(TinyBackend):
         return super().pack(weight, options)
 
 
-@backend(BOUND, says="a weight of the kind 'constant' in fp32 is refused: its values are all the same")
+@backend(BOUND, says="a weight of the kind 'constant' in fp32 is refused: weight: its values are all the same")
 class RefusesSoundWeights(TinyBackend):
     def pack(self, weight, options):
         if weight.any() and weight.amin() == weight.amax() and weight.numel() > 1:
@@ -162,7 +162,7 @@ class CrashesOnShapesItAccepts(TinyBackend):
         return {"codes": codes, "scales": TensorSpec(torch.float32, (groups,))}
 
 
-@backend(AWKWARD, says="packing it raised QuantizationError: too small. Store it, or raise QuantizationError in inner")
+@backend(AWKWARD, says="packing it raised QuantizationError: weight: too small. Store it, or raise QuantizationError in inner")
 class RefusesTooLate(TinyBackend):
     def pack(self, weight, options):
         if weight.shape[0] < 2:

@@ -68,7 +68,7 @@ def test_a_folder_a_text_and_a_broken_plugin_make_two_tables_and_a_reason(tmp_pa
     arguments = ("--only", "fp8,mine", "--text", "text.txt", "--chart", "chart.html")
     done = compare("model", *arguments, cwd=tmp_path, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
-    assert "mine:w4 can't be measured here: RuntimeError: [/] no such kernel" in done.stdout
+    assert "mine:w4 can't be measured here: " in done.stdout and "RuntimeError: [/] no such kernel" in done.stdout
     assert "perplexity" in done.stdout and "down_proj" in done.stdout and "…" not in done.stdout
     assert "fp8: 8.00 bits" in done.stderr and "Loading weights" not in done.stderr
     assert (tmp_path / "chart.html").read_text().startswith("<!DOCTYPE html>")
