@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import AutoConfig
 
 from quantune.backends import registry
 from quantune.model.base import Base
+from quantune.quantized import experts
 from quantune.recipe.schema import QuantizationConfig
 
 
@@ -28,6 +30,13 @@ def quantization(skip=(), backend="bnb", **options) -> QuantizationConfig:
     return QuantizationConfig(
         backend=backend, skip=tuple(skip), options=made.resolved() if hasattr(made, "resolved") else made
     )
+
+
+def dequantize_expert(module, name, expert, dtype=torch.float32):
+    """The weight of one expert, packed or not, as (out features, in features)."""
+    data = module.get_parameter(name).detach()[expert]
+    weight_format = experts.weight_formats(module).get(name)
+    return experts.as_rows(module, data).to(dtype) if weight_format is None else weight_format.dequantize(data, dtype)
 
 
 FORMATS = {

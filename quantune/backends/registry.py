@@ -270,6 +270,10 @@ def _problem_of(description: BackendDescription, name: str) -> str | None:
         return "it names weight_dtypes, and its options have no weight_dtype"
     if not (isinstance(bits, Mapping) and all(_is_bits(*item) for item in bits.items())):
         return f"expected its bits_per_weight to map names to numbers, found {plain(repr(bits), 80)}"
+    if not _are_names(description.adopts):
+        return f"expected its adopts to be a tuple of strings, found {plain(repr(description.adopts), 80)}"
+    if description.adopts and not callable(getattr(options, "checkpoint_problem", None)):
+        return "it adopts checkpoints, and its options have no method checkpoint_problem"
     if not isinstance(description.summary, str):
         return f"expected its summary to be a string, found {plain(repr(description.summary), 80)}"
     return None

@@ -44,6 +44,11 @@ def warn(problem: Problem) -> None:
     _print_problem(problem)
 
 
+def warning(text: str) -> None:
+    """Print something that the person should know."""
+    err.print(f"[bold yellow]warning:[/] {escape(text)}")
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and advice off the screen; call before they are imported.
 

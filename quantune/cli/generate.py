@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from quantune.cli.console import out, quiet_libraries
+from quantune.cli.console import out, quiet_libraries, warning
 from quantune.cli.recipes import open_recipe
 from quantune.errors import InputError
 
@@ -46,6 +46,8 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         allow_remote_code=trust_remote_code,
+        packed=_packed_fingerprint(run),
+        warn=warning,
     )
     if as_json:
         rows = [{"prompt": asked, "answer": text} for asked, text in zip(prompts, answers, strict=True)]
@@ -53,3 +55,12 @@ def generate(
         return
     for text in answers:
         out.print(text, markup=False)
+
+
+def _packed_fingerprint(run: Path) -> str | None:
+    """The fingerprint of the packed weights that the run was trained on, from its manifest."""
+    try:
+        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+        return manifest["fingerprints"]["the packed weights"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # without it nothing can be compared

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from quantune.errors import ModelError
 from quantune.model.initialization import Initialization, initialization
-from quantune.model.load import linear_layers
+from quantune.model.load import linear_layers, packed_weights
 from quantune.model.lora_layer import QuantLoraLinear
 from quantune.quantized.experts import is_experts
 from quantune.quantized.linear import QuantLinear
@@ -167,6 +167,7 @@ def _begin_with(model: PeftModel, initialization: Initialization) -> None:
             weight = base.dequantize(torch.float32) if isinstance(base, QuantLinear) else base.weight.float()
             weight = weight + layer.scaling[NAME] * (layer.lora_B[NAME].weight @ layer.lora_A[NAME].weight)
             layer.lora_magnitude_vector[NAME].weight.copy_(torch.linalg.norm(weight, dim=1))
+    initialization.factors.clear()  # as large as the adapter
     lora: Any = model.peft_config[NAME]
     lora.init_lora_weights = IN_PEFT[initialization.method]
 
@@ -178,7 +179,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 def build_initialization(model: nn.Module, config: AdapterConfig, *, seed: int) -> Initialization | None:
     """The initialization that `config` asks for over the layers of `model`, which may be on the meta device."""
-    return initialization(config, match_targets(model, config), seed=seed)
+    trained_in_full = config.modules_to_save
+    names = [
+        name
+        for name in match_targets(model, config)
+        if not any(_has_suffix(_above(name, module), module) for module in trained_in_full)
+    ]
+    return initialization(config, names, seed=seed)
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
@@ -223,7 +230,7 @@ def _refuse_packed(model: nn.Module, modules_to_save: tuple[str, ...]) -> None:
     """Refuse to train modules in full that are packed."""
     for name, module in model.named_modules():
         saved = next((wanted for wanted in modules_to_save if _has_suffix(name, wanted)), None)
-        if saved is not None and any(isinstance(part, QuantLinear) for part in module.modules()):
+        if saved is not None and any(packed_weights(part) for part in module.modules()):
             raise ModelError(
                 f'[adapter] modules_to_save: "{saved}" is packed, and packed weights can\'t be trained; '
                 f'keep it in full precision with [quantization] skip = ["{saved}"]'
@@ -253,6 +260,20 @@ def _has_suffix(name: str, suffix: str) -> bool:
 
 def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def _above(name: str, module: str) -> str:
+    """The part of a layer's name down to a module of the name `module` that the layer is in; empty where it is in none.
+
+    >>> _above("model.layers.0.mlp.up_proj", "mlp")
+    'model.layers.0.mlp'
+    """
+    parts = name.split(".")
+    wanted = module.split(".")
+    for end in range(len(parts), len(wanted) - 1, -1):
+        if parts[end - len(wanted) : end] == wanted:
+            return ".".join(parts[:end])
+    return ""
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

@@ -141,7 +141,9 @@ class AdoptExperts(ConversionOps):
         try:
             return dict(self.plan.backend.stack_rows(parts, self.plan.options))
         except QuantizationError as error:
-            raise self.plan.noted(QuantizationError(f"{name}: {error}")) from error
+            named = QuantizationError(f"{name}: {error}")
+            self.plan.failures.append(named)
+            raise named from error
 
 
 def adopting_conversions(conversions: list[Any], quantizer: HfQuantizer, plan: QuantizationPlan) -> list[Any]:
@@ -193,9 +195,10 @@ def _adopted(
 ) -> Tensor:
     """The bytes of one weight, or, for a layer that the recipe skips, the weight itself."""
     try:
-        packed = adopt_weight(plan.backend, tensors, shape, plan.compute_dtype, plan.options, name=name)
+        packed = adopt_weight(plan.backend, tensors, shape, plan.pack_dtype, plan.options, name=name)
     except QuantizationError as error:
-        raise plan.noted(error) from error
+        plan.failures.append(error)
+        raise
     if weight_format is None:
         return _parameter(plan.backend.dequantize(packed, plan.compute_dtype))
     return _parameter(packed.data)

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from quantune.errors import InputError
-from quantune.quantized.experts import is_experts
+from quantune.errors import InputError, ModelError
 
 COMPILERS = ("g++", "clang++", "c++")
 
@@ -29,17 +28,24 @@ def require_compiler(device: torch.device) -> None:
         )
 
 
-def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
-    """Compile every block of the model in place and return how many there are.
+def compile_blocks(model: nn.Module, backend: str = "inductor", *, whole: bool = False) -> None:
+    """Compile every block of the model in place.
 
-    All blocks of a kind share one graph: their weights are its inputs. Without experts that graph is whole; how many
-    tokens each expert gets is known only at run time, so a block with experts is compiled around them.
+    All blocks of a kind share one graph: their weights are its inputs. A block with experts is compiled around them:
+    how many tokens each gets is known only at run time. With `whole` a graph that breaks is an error, and so are more
+    kinds of blocks than torch has graphs for; without it those run uncompiled.
+
+    Raises:
+        ModelError: the model has no blocks that are known as such.
     """
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ModelError(
+            f"[training] compile = true compiles a model's blocks, and {type(model).__name__} has none that "
+            "transformers marks as such; set compile = false"
+        )
     for block in blocks:
-        whole = not any(is_experts(part) for part in block.modules())
         block.compile(fullgraph=whole, backend=backend)
-    return len(blocks)
 
 
 def suspended(compiled: bool) -> contextlib.AbstractContextManager[object]:

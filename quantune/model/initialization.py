@@ -10,10 +10,12 @@ loftq   B A comes closest to what packing R loses, and R = W - scaling * B A, in
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
 import zlib
-from collections.abc import Callable, Iterable
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
 
 import attrs
 import torch
@@ -53,6 +55,8 @@ class Initialization:
     """The adapted layers."""
     factors: dict[str, Factors] = attrs.field(factory=dict)
     """By layer, once its weight was split."""
+    dense_digest: Any = attrs.field(factory=hashlib.sha256)
+    """sha256 over what is left of layers that are not packed; the bytes of packed ones have a fingerprint anyway."""
 
     def split(self, name: str, weight: Tensor, round_trip: RoundTrip | None) -> Tensor:
         """What is left of `weight`, (out features, in features), for the base; its dtype stays.
@@ -62,14 +66,19 @@ class Initialization:
         if name not in self.names or (self.method == "loftq" and round_trip is None):
             return weight
         dense = weight.float()
-        if self.method == "loftq":
-            assert round_trip is not None
-            rest, factors = self._loftq(name, dense, weight.dtype, round_trip)
-        else:
-            factors = self._olora(dense) if self.method == "olora" else self._principal(name, dense)
-            rest = dense - self._update(factors)
+        with _one_thread():
+            if self.method == "loftq":
+                assert round_trip is not None
+                rest, factors = self._loftq(name, dense, weight.dtype, round_trip)
+            else:
+                factors = self._olora(dense) if self.method == "olora" else self._principal(name, dense)
+                rest = dense - self._update(factors)
         self.factors[name] = factors
-        return rest.to(weight.dtype)
+        rest = rest.to(weight.dtype)
+        if round_trip is None:
+            self.dense_digest.update(name.encode())
+            self.dense_digest.update(rest.cpu().view(torch.uint8).numpy().data)
+        return rest
 
     def _loftq(self, name: str, weight: Tensor, dtype: torch.dtype, round_trip: RoundTrip) -> tuple[Tensor, Factors]:
         rest = weight
@@ -82,7 +91,7 @@ class Initialization:
 
     def _olora(self, weight: Tensor) -> Factors:
         orthogonal, upper = torch.linalg.qr(weight)
-        return Factors(lora_A=upper[: self.r].contiguous(), lora_B=orthogonal[:, : self.r].contiguous())
+        return self._filled_up(upper[: self.r], orthogonal[:, : self.r])
 
     def _principal(self, name: str, matrix: Tensor) -> Factors:
         """The best update of rank r for `matrix`, its singular values shared out evenly between A and B."""
@@ -95,9 +104,11 @@ class Initialization:
                 left, values, right_columns = torch.svd_lowrank(matrix, q=rank, niter=POWER_ITERATIONS)
             right = right_columns.mH
         roots = (values[: self.r] / self.scaling).sqrt()
-        lora_A = roots[:, None] * right[: self.r]
-        lora_B = left[:, : self.r] * roots
-        missing = self.r - len(roots)  # a rank above the matrix's own
+        return self._filled_up(roots[:, None] * right[: self.r], left[:, : self.r] * roots)
+
+    def _filled_up(self, lora_A: Tensor, lora_B: Tensor) -> Factors:
+        """The factors with zeros up to rank r, where the matrix itself has a smaller one."""
+        missing = self.r - len(lora_A)
         if missing > 0:
             lora_A = torch.cat([lora_A, lora_A.new_zeros(missing, lora_A.shape[1])])
             lora_B = torch.cat([lora_B, lora_B.new_zeros(lora_B.shape[0], missing)], dim=1)
@@ -105,6 +116,17 @@ class Initialization:
 
     def _update(self, factors: Factors) -> Tensor:
         return self.scaling * (factors.lora_B @ factors.lora_A)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Singular vectors have other last bits with another number of threads, and a resumed run needs the same base."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def initialization(config: AdapterConfig, names: Iterable[str], *, seed: int) -> Initialization | None:

@@ -21,7 +21,7 @@ from quantune.model.base import Base
 from quantune.model.device import lean_heap
 from quantune.model.initialization import Initialization
 from quantune.model.names import matches_any
-from quantune.model.quantizer import QuantizationPlan, QuantuneConfig
+from quantune.model.quantizer import QuantizationPlan, QuantuneConfig, is_router
 from quantune.quantized import experts
 from quantune.quantized.linear import QuantLinear, WeightFormat
 from quantune.recipe.schema import QuantizationConfig
@@ -48,10 +48,12 @@ def load_model(
     compute_dtype: torch.dtype,
     device: torch.device,
     initialization: Initialization | None = None,
+    pack_dtype: torch.dtype | None = None,
 ) -> PreTrainedModel:
     """Load the base onto `device`, frozen, packing its linear layers one by one when `quantization` is given.
 
-    `initialization` takes an adapter's share out of the weights on the way.
+    `initialization` takes an adapter's share out of the weights on the way. Weights are packed from `pack_dtype`, which
+    is `compute_dtype` unless a base is to be the one that was trained on with another.
 
     Raises:
         ModelError: the weights can't be read, or are incomplete.
@@ -60,7 +62,8 @@ def load_model(
     """
     plan = None
     if quantization is not None:
-        plan = plan_quantization(quantization, compute_dtype, device, initialization)
+        plan = plan_quantization(quantization, compute_dtype, device)
+        plan = attrs.evolve(plan, initialization=initialization, pack_dtype=pack_dtype or compute_dtype)
         if base.stored is not None:
             if initialization is not None:
                 raise ModelError(
@@ -105,7 +108,6 @@ def plan_quantization(
     quantization: QuantizationConfig,
     compute_dtype: torch.dtype,
     device: torch.device,
-    initialization: Initialization | None = None,
 ) -> QuantizationPlan:
     """Import the backend and say what to pack with it.
 
@@ -119,7 +121,7 @@ def plan_quantization(
         options=quantization.options,
         skip=quantization.skip,
         compute_dtype=compute_dtype,
-        initialization=initialization,
+        pack_dtype=compute_dtype,
     )
 
 
@@ -202,14 +204,23 @@ def _require_packed(model: PreTrainedModel, skip: tuple[str, ...]) -> None:
 
 
 def _full_precision(model: PreTrainedModel) -> Iterable[str]:
-    """Names of weights that quantization is about: linear layers, Conv1D, and fused experts."""
+    """Names of weights that quantization is about: all large matrices, and stacks of them, of whatever module.
+
+    Left out are embeddings, the output head, routers, convolutions, and what the architecture keeps in fp32.
+    """
     keep = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
     head = model.get_output_embeddings()
+    hidden = getattr(model.config.get_text_config(), "hidden_size", 0)
     for name, module in model.named_modules():
-        if module is head or any(part in keep for part in name.split(".")):
+        if module is head or is_router(name) or isinstance(module, nn.Embedding | nn.Conv1d | nn.Conv2d):
+            continue
+        if any(part in keep for part in name.split(".")):
             continue
         if isinstance(module, nn.Linear | Conv1D) and not isinstance(module, QuantLinear):
             yield name
+            continue
         for leaf, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() == 3 and parameter.is_floating_point() and leaf.endswith("proj"):
+            matrix = parameter.dim() > 1 and parameter.is_floating_point()
+            large = parameter.numel() >= hidden * hidden / 4
+            if matrix and large and not (is_router(leaf) or leaf.endswith("bias")):
                 yield f"{name}.{leaf}"

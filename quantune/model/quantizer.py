@@ -8,6 +8,7 @@ read. Experts that a checkpoint stores one by one are packed one by one, before 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +28,10 @@ from quantune.model.adoption import adopting_conversions
 from quantune.model.initialization import Initialization
 from quantune.model.names import matches_any
 from quantune.quantized import experts
-from quantune.quantized.linear import QuantLinear, WeightFormat, Workspace
+from quantune.quantized.linear import QuantLinear, WeightFormat
+from quantune.quantized.workspace import Workspace
+
+ROUTERS = ("gate", "router")
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -38,21 +42,23 @@ class QuantizationPlan:
     options: Any
     skip: tuple[str, ...]
     compute_dtype: torch.dtype
+    pack_dtype: torch.dtype
+    """What weights are packed from: some formats compute in the dtype of the weight."""
     adopt: bool = False
     """The checkpoint is already in the backend's format: take it over."""
     initialization: Initialization | None = None
     """Takes the adapter's share out of the weights before they are packed."""
     workspace: Workspace = attrs.field(factory=Workspace)
-    failures: list[QuantizationError] = attrs.field(factory=list)
-    """Weights that could not be packed; transformers reports an operation's error only as text."""
+    failures: list[Exception] = attrs.field(factory=list)
+    """What went wrong with single weights, in order; transformers reports an operation's error only as text."""
 
-    def weight_format(self, shape: tuple[int, int], dtype: torch.dtype) -> WeightFormat:
+    def weight_format(self, shape: tuple[int, int]) -> WeightFormat:
         """The format of a weight.
 
         Raises:
             QuantizationError: the backend can't store this shape.
         """
-        return WeightFormat(self.backend, self.backend.layout(shape, dtype, self.options), self.workspace)
+        return WeightFormat(self.backend, self.backend.layout(shape, self.pack_dtype, self.options), self.workspace)
 
     def pack(self, weight: Tensor, name: str) -> Tensor:
         """The bytes of one weight, shape (out features, in features); what fails is noted."""
@@ -61,17 +67,19 @@ class QuantizationPlan:
             packed = pack_weight(self.backend, weight, self.options, name=name)
             return self.backend.dequantize(packed, torch.float32)
 
-        try:
-            if self.initialization is not None:
-                weight = self.initialization.split(name.removesuffix(".weight"), weight, round_trip)
-            return pack_weight(self.backend, weight, self.options, name=name).data
-        except QuantizationError as error:
-            raise self.noted(error) from error
+        weight = weight.to(self.pack_dtype)
+        if self.initialization is not None:
+            weight = self.initialization.split(name.removesuffix(".weight"), weight, round_trip)
+        return pack_weight(self.backend, weight, self.options, name=name).data
 
-    def noted(self, error: QuantizationError) -> QuantizationError:
-        """The error, remembered."""
-        self.failures.append(error)
-        return error
+    @contextlib.contextmanager
+    def noting_failures(self) -> Iterator[None]:
+        """Remember what goes wrong in the context, whatever it is: a plugin's own code runs there too."""
+        try:
+            yield
+        except Exception as error:
+            self.failures.append(error)
+            raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizationPlan:
         return self  # transformers copies configurations; the plan and its workspace are shared by the whole model
@@ -109,6 +117,12 @@ class PackWeight(ConversionOps):
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         """Replace the one tensor in `input_dict` by its packed bytes, under `full_layer_name`."""
+        with self.plan.noting_failures():
+            return self._convert(input_dict, full_layer_name, model)
+
+    def _convert(
+        self, input_dict: dict[str, Tensor | list[Tensor]], full_layer_name: str, model: PreTrainedModel | None
+    ) -> dict[str, Tensor]:
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
         if weight.dtype == torch.uint8:
@@ -161,7 +175,8 @@ class PackExperts(ConversionOps):
                 tensors[index] = None  # type: ignore[call-overload]  # let go of each expert once it is packed
             (fused,) = self._fuse(one, source_patterns, target_patterns, more).values()
             fused = fused[0] if isinstance(fused, list) else fused
-            packed.append(self.plan.pack(experts.as_rows(module, fused[0]), f"{full_layer_name}[{index}]"))
+            with self.plan.noting_failures():
+                packed.append(self.plan.pack(experts.as_rows(module, fused[0]), f"{full_layer_name}[{index}]"))
         return {target_patterns[0]: torch.stack(packed)}
 
     def _fuse(
@@ -196,7 +211,7 @@ class QuantuneQuantizer(HfQuantizer):
         for module, name, full_name in quantizable_experts(model, plan.skip):
             weight = experts.projections(module)[name]
             try:
-                weight_format = plan.weight_format(experts.expert_shape(module, weight), weight.dtype)
+                weight_format = plan.weight_format(experts.expert_shape(module, weight))
             except QuantizationError as error:
                 problems.append((full_name, str(error)))
                 continue
@@ -231,11 +246,16 @@ class QuantuneQuantizer(HfQuantizer):
         return True
 
 
+def is_router(name: str) -> bool:
+    """Whether a module decides which experts a token goes to: small, and other experts are another model."""
+    return name.rpartition(".")[2] in ROUTERS
+
+
 def quantizable(model: PreTrainedModel, skip: tuple[str, ...]) -> list[str]:
     """Names of the linear layers that a plan with `skip` covers.
 
-    Kept in full precision are, besides `skip`: the output head, whatever shares its weight with the embedding, and what
-    the architecture itself keeps in fp32.
+    Kept in full precision are, besides `skip`: the output head, routers, whatever shares its weight with the embedding,
+    and what the architecture itself keeps in fp32.
     """
     keep = set(model._keep_in_fp32_modules or ()) | set(model._keep_in_fp32_modules_strict or ())
     head = model.get_output_embeddings()
@@ -244,6 +264,7 @@ def quantizable(model: PreTrainedModel, skip: tuple[str, ...]) -> list[str]:
         for name, module in model.named_modules()
         if type(module) is nn.Linear
         and module is not head
+        and not is_router(name)
         and should_convert_module(name, sorted(keep))
         and not matches_any(name, skip)
     ]
@@ -268,7 +289,7 @@ def _replace_linear(model: PreTrainedModel, name: str, plan: QuantizationPlan) -
         linear.in_features,
         linear.out_features,
         bias=linear.bias is not None,
-        weight_format=plan.weight_format(shape, linear.weight.dtype),
+        weight_format=plan.weight_format(shape),
         compute_dtype=plan.compute_dtype,
         device="meta",
     )

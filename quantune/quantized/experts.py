@@ -60,13 +60,6 @@ def set_packed(module: nn.Module, name: str, weight_format: WeightFormat) -> nn.
     return parameter
 
 
-def dequantize_expert(module: nn.Module, name: str, expert: int, dtype: torch.dtype) -> Tensor:
-    """The weight of one expert as a tensor of its own, (out features, in features)."""
-    data = module.get_parameter(name).detach()[expert]
-    weight_format = weight_formats(module).get(name)
-    return as_rows(module, data).to(dtype) if weight_format is None else weight_format.dequantize(data, dtype)
-
-
 @torch.compiler.disable  # how many tokens an expert gets is data: a graph can't hold it
 def packed_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts' output, as transformers' own function for `module` gives it.
@@ -80,17 +73,15 @@ def packed_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor
     experts_S = top_k_index.reshape(-1)
     order_S = torch.argsort(experts_S, stable=True)
     counts = torch.bincount(experts_S.clamp_max(count), minlength=count + 1)[:count].tolist()
-    outputs, start = [], 0
-    for expert, slots in enumerate(counts):
-        if slots:
-            tokens = order_S[start : start + slots] // top_k_index.shape[1]
-            outputs.append(_one_expert(module, expert, hidden_states[tokens]))
-            start += slots
-    if not outputs:
+    sent = order_S[: sum(counts)]
+    if not len(sent):
         return torch.zeros_like(hidden_states)
+    # gathered at once: the gradient of each gathering is as large as all hidden states
+    inputs = hidden_states[sent // top_k_index.shape[1]].split(counts)
+    outputs = [_one_expert(module, expert, x) for expert, x in enumerate(inputs) if len(x)]
     # every slot is written once and summed in the order of the slots, so that the result is the same on every run
     results_SH = hidden_states.new_zeros(len(experts_S), hidden_states.shape[-1])
-    results_SH = results_SH.index_copy(0, order_S[:start], torch.cat(outputs).to(hidden_states.dtype))
+    results_SH = results_SH.index_copy_(0, sent, torch.cat(outputs).to(hidden_states.dtype))
     weighted_TKH = results_SH.view(*top_k_index.shape, -1) * top_k_weights[..., None]
     return weighted_TKH.sum(dim=1).to(hidden_states.dtype)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,7 +24,10 @@ _WORKSPACE = Workspace()
 
 def register(backend: Backend, layout: PackedLayout) -> str:
     """The key under which the operators find a format: equal layouts have equal keys."""
-    key = f"{layout.backend} {layout.shape} {layout.dtype} {layout.options!r}"
+    options: Any = layout.options
+    values = attrs.asdict(options) if attrs.has(type(options)) else options  # what an attrs repr leaves out counts too
+    # in words, not a number: compiled code is cached across processes with the key in it
+    key = f"{layout.backend} {layout.shape} {layout.dtype} {type(options).__qualname__} {values!r}"
     _FORMATS[key] = backend, layout
     return key
 

@@ -23,7 +23,8 @@ class Workspace:
         count = torch.Size(shape).numel()
         buffer = self._buffers.get((device, dtype))
         if buffer is None or buffer.numel() < count:
-            buffer = self._buffers[device, dtype] = torch.empty(count, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # or training could not write into what inference once allocated
+                buffer = self._buffers[device, dtype] = torch.empty(count, dtype=dtype, device=device)
         return buffer[:count].view(shape)
 
     def dequantize(self, backend: Backend, packed: PackedWeight, dtype: torch.dtype) -> Tensor:

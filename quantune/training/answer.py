@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from quantune.data.tokenization import prompt_ids
 from quantune.model.adapter import build_initialization, load_adapter
 from quantune.model.base import open_base, skeleton
 from quantune.model.device import DTYPES, choose_device, choose_precision
-from quantune.model.load import load_model
+from quantune.model.load import load_model, packed_fingerprint
 from quantune.recipe.schema import Recipe
 from quantune.training.evaluate import generate
 
@@ -25,8 +25,12 @@ def answer(
     max_new_tokens: int,
     temperature: float = 0.0,
     allow_remote_code: bool = False,
+    packed: str | None = None,
+    warn: Callable[[str], None] = lambda text: None,
 ) -> list[str]:
     """An answer to each prompt, one after the other, asked in the form of the first training source.
+
+    `packed` is the fingerprint of the packed weights that were trained on; `warn` is told if these are others.
 
     Raises:
         InputError: the base or the adapter can't be used.
@@ -38,7 +42,17 @@ def answer(
     split = None
     if adapter is not None:
         split = build_initialization(skeleton(base), recipe.adapter, seed=recipe.training.seed)
-    model = load_model(base, recipe.quantization, compute_dtype=dtype, device=device, initialization=split)
+    trained_in = recipe.training.precision
+    model = load_model(
+        base,
+        recipe.quantization,
+        compute_dtype=dtype,
+        device=device,
+        initialization=split,
+        pack_dtype=None if trained_in == "auto" else DTYPES[trained_in],
+    )
+    if packed is not None and adapter is not None and packed_fingerprint(model) != packed:
+        warn("the base packs to other bytes on this machine than it was trained on; answers may differ slightly")
     answering = model if adapter is None else load_adapter(model, adapter)
     answering.eval()
     torch.manual_seed(recipe.training.seed)

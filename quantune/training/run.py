@@ -102,6 +102,8 @@ def train(
         compile_blocks(inner)
 
     fingerprints = _fingerprints(recipe, base, dataset, model)
+    if split is not None:
+        fingerprints["the weights that the adapter's share was taken out of"] = split.dense_digest.hexdigest()
     progress = Progress()
     if resume:
         progress = _restore(folder, parameters, optimizer, fingerprints, observer)

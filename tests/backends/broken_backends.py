@@ -162,7 +162,10 @@ class CrashesOnShapesItAccepts(TinyBackend):
         return {"codes": codes, "scales": TensorSpec(torch.float32, (groups,))}
 
 
-@backend(AWKWARD, says="packing it raised QuantizationError: weight: too small. Store it, or raise QuantizationError in inner")
+@backend(
+    AWKWARD,
+    says="packing it raised QuantizationError: weight: too small. Store it, or raise QuantizationError in inner",
+)
 class RefusesTooLate(TinyBackend):
     def pack(self, weight, options):
         if weight.shape[0] < 2:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from model.conftest import HEADS, SIZES
 from safetensors.torch import load_file, save_file
-from support import base_of, quantization
+from support import base_of, dequantize_expert, quantization
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers import Mxfp4Config as TransformersMxfp4Config
 
@@ -150,8 +150,8 @@ def test_fp8_blocks_are_taken_over_for_linear_layers_and_experts(deepseek_fp8):
     for index in range(4):
         prefix = f"model.layers.1.mlp.experts.{index}"
         both = torch.cat([dense(f"{prefix}.gate_proj.weight"), dense(f"{prefix}.up_proj.weight")])
-        assert torch.equal(experts.dequantize_expert(mixture, "gate_up_proj", index, torch.float32), both)
-        down = experts.dequantize_expert(mixture, "down_proj", index, torch.float32)
+        assert torch.equal(dequantize_expert(mixture, "gate_up_proj", index, torch.float32), both)
+        down = dequantize_expert(mixture, "down_proj", index, torch.float32)
         assert torch.equal(down, dense(f"{prefix}.down_proj.weight"))
     with torch.no_grad():
         assert model(TOKENS).logits.isfinite().all()

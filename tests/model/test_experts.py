@@ -4,7 +4,7 @@ import pytest
 import torch
 from model.conftest import MIXTURES
 from peft import PeftModel
-from support import FORMATS, base_of, quantization
+from support import FORMATS, base_of, dequantize_expert, quantization
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -31,9 +31,7 @@ def dense_reference(folder, model):
         if isinstance(module, QuantLinear):
             dense.weight.data = module.dequantize()
         for leaf in experts.weight_formats(module):
-            each = [
-                experts.dequantize_expert(module, leaf, index, torch.float32) for index in range(module.num_experts)
-            ]
+            each = [dequantize_expert(module, leaf, index, torch.float32) for index in range(module.num_experts)]
             stored = [experts.as_rows(module, weight) for weight in each]  # back the way the architecture stores it
             dense.get_parameter(leaf).data = torch.stack(stored).contiguous()
     return reference
@@ -188,3 +186,8 @@ def test_names_that_peft_takes_for_experts_are_no_targets(mixtures):
 
 def test_experts_are_no_linear_layers():
     assert not experts.is_experts(nn.Linear(2, 2))
+
+
+def test_packed_experts_can_not_be_trained_in_full(mixtures):
+    with pytest.raises(ModelError, match='"experts" is packed'):
+        adapter.attach(load(mixtures["mixtral"]), AdapterConfig(modules_to_save=("experts",)), base_name="b", seed=0)

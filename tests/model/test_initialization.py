@@ -11,7 +11,7 @@ from quantune.backends.backend import pack_weight
 from quantune.model import adapter
 from quantune.model.base import skeleton
 from quantune.model.initialization import Initialization
-from quantune.model.load import load_model
+from quantune.model.load import load_model, packed_fingerprint
 from quantune.quantized.linear import QuantLinear
 from quantune.recipe.schema import AdapterConfig
 
@@ -165,3 +165,30 @@ def test_loftq_works_through_any_backends_pack_and_dequantize():
     factors = split.factors["layer"]
     together = round_trip(rest) + 0.5 * factors.lora_B @ factors.lora_A
     assert (together - weight).norm() < 0.9 * (round_trip(weight) - weight).norm()
+
+
+def test_olora_takes_a_rank_above_that_of_the_weight(llama):
+    assert error(adapted(llama, AdapterConfig(r=40, init="olora"), None), llama) < 1e-5  # k_proj has 32 rows
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_the_share_does_not_depend_on_the_number_of_threads(llama, init):
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            model = adapted(llama, AdapterConfig(r=4, init=init), quantization())
+            found.append(packed_fingerprint(model))
+            assert torch.get_num_threads() == count
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1]
+
+
+def test_layers_trained_in_full_are_not_split(llama):
+    config = AdapterConfig(r=4, init="pissa", modules_to_save=("q_proj",))
+    model = adapted(llama, config, quantization(skip=["q_proj"]))
+    original = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    saved = model.get_base_model().model.layers[0].self_attn.q_proj
+    assert torch.equal(saved.original_module.weight, original.model.layers[0].self_attn.q_proj.weight)

@@ -139,3 +139,41 @@ def test_the_skeleton_has_no_weights():
 )
 def test_skip_patterns_match_whole_parts_of_names(name, pattern, expected):
     assert matches(name, pattern) is expected
+
+
+def test_every_large_weight_is_accounted_for_whatever_module_holds_it(tmp_path):
+    """JetMoE's experts are 3-D weights of modules that transformers offers no function for: the load fails by name."""
+    from transformers import JetMoeConfig, JetMoeForCausalLM
+
+    config = JetMoeConfig(
+        vocab_size=320,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=32,
+        intermediate_size=64,
+        num_local_experts=4,
+    )
+    JetMoeForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(QuantizationError, match="still in full precision: .*input_linear"):
+        load(tmp_path, quantization(backend="mxfp4"))
+
+
+def test_what_a_backend_raises_while_packing_is_raised_as_it_is(llama, monkeypatch):
+    from quantune.backends.mxfp4.formats import Mxfp4Backend
+
+    def broken(self, weight, options):
+        raise ZeroDivisionError("in the backend's own code")
+
+    monkeypatch.setattr(Mxfp4Backend, "pack", broken)
+    with pytest.raises(ZeroDivisionError, match="own code"):
+        load(llama, quantization(backend="mxfp4"))
+
+
+@pytest.mark.parametrize("weight_dtype", ["nf4", "fp8", "int8"])
+def test_a_base_trained_in_bf16_packs_to_the_same_bytes_where_it_is_computed_in_fp32(llama, weight_dtype):
+    plan = quantization(backend="torchao", weight_dtype=weight_dtype)
+    trained = load_model(base_of(llama), plan, compute_dtype=torch.bfloat16, device=CPU)
+    asked = load_model(base_of(llama), plan, compute_dtype=torch.float32, device=CPU, pack_dtype=torch.bfloat16)
+    assert packed_fingerprint(asked) == packed_fingerprint(trained)
+    assert asked(torch.arange(8)[None]).logits.dtype == torch.float32

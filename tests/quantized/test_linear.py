@@ -136,3 +136,12 @@ def test_it_is_an_nn_linear_whose_weight_is_bytes():
     assert layer.weight.dtype == torch.uint8 and layer.weight.dim() == 1 and not layer.weight.requires_grad
     with pytest.raises(RuntimeError):
         functional.linear(torch.randn(2, 128), layer.weight)
+
+
+def test_a_layer_that_was_used_for_inference_trains():
+    layer, _ = make(FORMATS[2])
+    with torch.inference_mode():
+        layer(torch.randn(2, 128))
+    x = torch.randn(2, 128, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None

@@ -204,7 +204,7 @@ def test_blocks_compile_into_one_graph_without_breaks(base, name, adapted):
     if adapted != "lora":
         model.eval()  # the order in which compiled code draws random numbers is its own
     value, expected = gradients(model, loss)
-    assert compile_blocks(model.get_base_model(), backend="aot_eager") == 4
+    compile_blocks(model.get_base_model(), backend="aot_eager", whole=True)
     again, found = gradients(model, loss)
     assert again == pytest.approx(value, rel=1e-5)
     for key, gradient in found.items():
@@ -222,7 +222,7 @@ def test_compiled_code_computes_the_same(base):
     torch._dynamo.reset()
     model, loss = build(base, "torchao int4", ADAPTERS["lora"])
     value, expected = gradients(model, loss)
-    compile_blocks(model.get_base_model())
+    compile_blocks(model.get_base_model(), whole=True)
     again, found = gradients(model, loss)
     assert again == pytest.approx(value, rel=1e-4)
     for key, gradient in found.items():

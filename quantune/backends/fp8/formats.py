@@ -37,10 +37,12 @@ class Fp8Backend(Backend):
         }
 
     def pack(self, weight: Tensor, options: Fp8Options) -> Mapping[str, Tensor]:
-        block_rows, block_columns = options.block_size
+        block_rows = min(options.block_size[0], weight.shape[0])  # a block larger than the weight is the weight
+        block_columns = min(options.block_size[1], weight.shape[1])
 
         def pack_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-            grid_rows, grid_columns = _grid((rows.shape[0], rows.shape[1]), options)
+            grid_rows = kernels.blocks_of(rows.shape[0], block_rows)
+            grid_columns = kernels.blocks_of(rows.shape[1], block_columns)
             missing = (0, grid_columns * block_columns - rows.shape[1], 0, grid_rows * block_rows - rows.shape[0])
             padded = functional.pad(rows.float(), missing)
             blocks = padded.view(grid_rows, block_rows, grid_columns, block_columns)
@@ -90,6 +92,8 @@ class Fp8Backend(Backend):
         codes = tensors["weight"]
         if codes.dtype == torch.float8_e4m3fn and ((codes.view(torch.uint8) & NOT_A_NUMBER) == NOT_A_NUMBER).any():
             raise QuantizationError("holds codes that are not numbers; the checkpoint is damaged")
+        if not torch.isfinite(scale_inv.float()).all():
+            raise QuantizationError("holds scales that are not numbers; the checkpoint is damaged")
         return {"weight": codes, "weight_scale_inv": scale_inv.float()}  # bf16 and ue8m0 scales are exact in fp32
 
     def checkpoint_names(self, parameter: str) -> Mapping[str, str]:

@@ -143,16 +143,20 @@ class Nf4:
         codes = self._codes(weight, scalers, options.group_size)
         mean = scalers.mean()
         centered = scalers - mean
-        absmax = kernels.block_absmax(centered, options.scaler_block_size)
+        together = min(options.scaler_block_size, scalers.numel())
+        absmax = kernels.block_absmax(centered, together)
         factor = 256 / (2 * absmax)
         if not (torch.isfinite(mean) and (factor != 0).all()):
             raise QuantizationError(_TOO_LARGE)
-        quantized = kernels.pad_blocks(centered, options.scaler_block_size) * factor[:, None]
+        overflown = torch.isinf(factor) & (absmax > 0)  # fp16 does so below 0.002
+        factor = torch.where(overflown, 256 / (2 * absmax.float()), factor.float())
+        # rounded to the weight's dtype, as its product with the factor is there
+        quantized = (kernels.pad_blocks(centered, together) * factor[:, None]).to(weight.dtype)
         quantized = torch.where(absmax[:, None] > 0, quantized, 0.0)  # equal scales: 0 * inf
         return {
             "quantized_data": codes,
             "quantized_scalers": quantized.round().clamp(-128, 127).to(torch.int8).view(-1)[: scalers.numel()],
-            "quantization_factor": factor.float(),
+            "quantization_factor": factor,
             "scaler_mean": mean.float().reshape(1),
         }
 
@@ -171,8 +175,9 @@ class Nf4:
     def dequantize(self, views: Views, layout: PackedLayout, options: TorchaoOptions, out: Tensor) -> Tensor:
         assert options.group_size is not None and options.scaler_block_size is not None
         size, dtype = options.group_size, layout.dtype
-        factor, mean = views["quantization_factor"].to(dtype), views["scaler_mean"].to(dtype)
-        blocks = kernels.pad_blocks(views["quantized_scalers"], options.scaler_block_size)
+        factor, mean = views["quantization_factor"], views["scaler_mean"].to(dtype)
+        together = min(options.scaler_block_size, views["quantized_scalers"].numel())
+        blocks = kernels.pad_blocks(views["quantized_scalers"], together)
         scalers = ((blocks / factor[:, None]).to(dtype) + mean).view(-1).float()
         values = tuple(torch.tensor(NF4_VALUES, dtype=dtype).tolist())
         table = kernels.pair_table(values, out.device)
