@@ -136,9 +136,14 @@ def options_of(name: str) -> type:
     return describe(name).options
 
 
-def backends_with_option(key: str) -> tuple[str, ...]:
-    """Names of the built-in backends that have an option called `key`."""
-    return tuple(name for name in BUILT_IN if key in attrs.fields_dict(describe(name).options))
+def backends_with_option(key: str, value: str | None = None) -> tuple[str, ...]:
+    """Names of the built-in backends that have an option called `key`, and, where given, the weight dtype `value`."""
+    descriptions = {name: describe(name) for name in BUILT_IN}
+    return tuple(
+        name
+        for name, description in descriptions.items()
+        if key in attrs.fields_dict(description.options) and (value is None or value in description.weight_dtypes)
+    )
 
 
 def probe_of(description: BackendDescription) -> Probe:
@@ -337,7 +342,7 @@ def _impostor(claim: Claim) -> FoundBackend:
 def _way_out(name: str, usable: Iterable[str]) -> str:
     """What may have been meant by a name that no backend has."""
     if name in KNOWN_PLUGINS:
-        return f"; pip install {KNOWN_PLUGINS[name]}"
+        return f"; {name} is a package of its own: pip install {KNOWN_PLUGINS[name]}"
     owners = [f'"{one}"' for one in BUILT_IN if name in describe(one).weight_dtypes]
     if owners:
         return f'; "{name}" is a weight_dtype of {" and ".join(owners)}'

@@ -10,11 +10,12 @@ import typer
 import quantune
 import quantune.errors
 from quantune.cli import backends, check, generate, run
-from quantune.cli.console import fail
+from quantune.cli.console import err, fail
 
 app = typer.Typer(
     name="quantune",
     help="Fine-tune language models with LoRA on a quantized, frozen base, from one recipe.",
+    epilog="--debug, anywhere on the line, shows the traceback of an error.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -53,5 +54,10 @@ def main() -> None:
         app()
     except quantune.errors.QuantuneError as error:
         sys.exit(fail(error, debug=debug))
+    except OSError as error:  # a disk that is full, an output that is closed
+        if debug:
+            raise
+        sys.exit(fail(quantune.errors.QuantuneError(f"{error.strerror or error}"), debug=False))
     except KeyboardInterrupt:
+        err.print("interrupted")
         sys.exit(130)

@@ -138,25 +138,22 @@ def check(
 
 
 def _print_checked(results: Sequence[Checked]) -> None:
-    shown = table(
-        "backend", "package", "status", "weight_dtype", "device", ">bits per weight", ">error", ">pack", ">dequantize"
-    )
+    shown = table("backend", "format", "device", ">bits", ">error", ">pack ms", ">dequant ms")
     for result in results:
-        head = (escape(result.name), escape(f"{result.package} {result.version}"), _status(result.status))
-        for trip in result.round_trips or (None,):
-            if trip is None:
-                shown.add_row(*head)
-                continue
+        name = escape(result.name)
+        for trip in result.round_trips:
             bits = f"{trip.bits_per_weight:.2f}"
             if trip.declared is not None and abs(trip.declared - trip.bits_per_weight) > 0.01:
                 bits += f" [yellow](declared {trip.declared:.2f})[/]"
-            times = (f"{1000 * seconds:.1f} ms" for seconds in (trip.pack_seconds, trip.dequantize_seconds))
+            times = (f"{1000 * seconds:.1f}" for seconds in (trip.pack_seconds, trip.dequantize_seconds))
             dtype, device = escape(plain(trip.weight_dtype, 40)), escape(plain(trip.device, 20))
-            shown.add_row(*head, dtype, device, bits, f"{100 * trip.relative_error:.2f}%", *times)
-            head = ("", "", "")
-    out.print(shown)
+            shown.add_row(name, dtype, device, bits, f"{100 * trip.relative_error:.2f}%", *times)
+            name = ""
+    if shown.row_count:
+        out.print(shown)
     for result in results:
-        _explain(result.name, result.status, result.reason, result.install)
+        whose = f"[dim]({escape(f'{result.package} {result.version}')})[/]"
+        out.print(f"{escape(result.name)} {whose} {_status(result.status, result.reason, result.install)}")
 
 
 def _explain(name: str, status: str, reason: str | None, way_out: str | None) -> None:

@@ -90,14 +90,13 @@ def compare(
             observer=observer,
             max_tokens=max_tokens,
         )
-    if chart_file is not None:
-        _write_chart(comparison, chart_file)
     if as_json:
         out.print_json(json.dumps(comparison.as_dict(), allow_nan=False, default=str))
     else:
         print_comparison(comparison)
-        if chart_file is not None:
-            out.print(f"chart: {escape(str(chart_file))}")
+    if chart_file is not None:  # last: a disk that is full costs the chart alone
+        _write_chart(comparison, chart_file)
+        err.print(f"chart: {escape(str(chart_file))}")
 
 
 class ConsoleObserver:

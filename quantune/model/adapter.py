@@ -196,6 +196,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
         if isinstance(value, set):
             setattr(config, key, sorted(value))  # a set is written in an order that changes from run to run
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    (folder / "adapter_model.safetensors").chmod((folder / "adapter_config.json").stat().st_mode)  # not for us alone
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:

@@ -8,8 +8,14 @@ from typing import Any
 
 import attrs
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from quantune.errors import ModelError
 from quantune.model import mini
@@ -76,8 +82,9 @@ def open_base(
         tokenizer_source = source if config.tokenizer is None else BUILT_IN.get(config.tokenizer, config.tokenizer)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_source, **tokenizer_arguments)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        nowhere = "" if Path(source).exists() else "is no folder here, and as a hub id it "
         raise ModelError(
-            f"[model] base = {json.dumps(config.base)} can't be opened: {_first_sentence(error)}"
+            f"the base {json.dumps(config.base)} {nowhere}can't be opened: {_first_sentence(error)}"
         ) from error
     stored = quantization_of(hf_config)
     if stored is not None:
@@ -97,7 +104,7 @@ def open_base(
     )
 
 
-def skeleton(base: Base) -> nn.Module:
+def skeleton(base: Base) -> PreTrainedModel:
     """The model on the meta device: modules, names and shapes without weights.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -21,7 +22,14 @@ from quantune.model.base import Base
 from quantune.model.device import lean_heap
 from quantune.model.initialization import Initialization
 from quantune.model.names import matches_any
-from quantune.model.quantizer import QuantizationPlan, QuantuneConfig, is_router
+from quantune.model.quantizer import (
+    QuantizationPlan,
+    QuantuneConfig,
+    is_router,
+    quantizable,
+    quantizable_experts,
+    shape_problem,
+)
 from quantune.quantized import experts
 from quantune.quantized.linear import QuantLinear, WeightFormat
 from quantune.recipe.schema import QuantizationConfig
@@ -125,6 +133,33 @@ def plan_quantization(
     )
 
 
+def check_plan(
+    model: PreTrainedModel, quantization: QuantizationConfig, device: torch.device, kept: tuple[str, ...] = ()
+) -> None:
+    """Check what `quantization` says against a model without weights; a quantized checkpoint itself keeps `kept` dense.
+
+    Raises:
+        ModelError: a pattern of `skip` names nothing, nothing is left to pack, or the format can't store a shape.
+        BackendError: the backend can't run here, or not on `device`.
+    """
+    plan = plan_quantization(quantization, torch.float32, device)
+    names = [name for name, _ in model.named_modules() if name] + [name for name, _ in model.named_parameters()]
+    for pattern in plan.skip:
+        if not any(matches_any(name, [pattern]) for name in names):
+            leaves = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+            close = difflib.get_close_matches(pattern.rpartition(".")[2], leaves, n=1)
+            raise ModelError(
+                f"[quantization] skip: {json.dumps(pattern)} names no module of this base"
+                + (f' (did you mean "{close[0]}"?)' if close else f"; the linear layers are {', '.join(leaves)}")
+            )
+    plan = attrs.evolve(plan, skip=(*plan.skip, *kept))
+    if not quantizable(model, plan.skip) and not any(quantizable_experts(model, plan.skip)):
+        raise ModelError(_nothing_packed(model, plan.skip))
+    problem = shape_problem(model, plan)
+    if problem is not None:
+        raise ModelError(problem)
+
+
 def module_table(model: nn.Module) -> list[ModuleRow]:
     """What the model holds, per class of module and stored dtype; shared weights are counted once."""
     rows: dict[tuple[str, str], list[int]] = {}
@@ -191,15 +226,19 @@ def _require_packed(model: PreTrainedModel, skip: tuple[str, ...]) -> None:
     if packed and not left:
         return
     if not packed:
-        raise QuantizationError(
-            f"nothing was packed: [quantization] covers no linear layer of {type(model).__name__} "
-            f"(skip = {list(skip)}). Leave [quantization] out to train on the base as it is"
-        )
+        raise QuantizationError(_nothing_packed(model, skip))
     shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
     raise QuantizationError(
         f"{len(left)} weights that [quantization] should cover are still in full precision: {shown}. "
         "quantune packs linear layers (nn.Linear) and fused experts; name these in [quantization] skip to keep them as "
         "they are"
+    )
+
+
+def _nothing_packed(model: nn.Module, skip: tuple[str, ...]) -> str:
+    return (
+        f"nothing is packed: [quantization] covers no linear layer of {type(model).__name__} "
+        f"(skip = {json.dumps(skip)}). Leave [quantization] out to train on the base as it is"
     )
 
 

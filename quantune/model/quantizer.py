@@ -201,26 +201,17 @@ class QuantuneQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         plan = self.quantization_config.plan
-        problems: list[tuple[str, str]] = []
+        problem = shape_problem(model, plan)
+        if problem is not None:
+            raise QuantizationError(problem)
         for name in quantizable(model, plan.skip):
-            try:
-                _replace_linear(model, name, plan)
-            except QuantizationError as error:
-                problems.append((name, str(error)))
-        packed_any = False
-        for module, name, full_name in quantizable_experts(model, plan.skip):
-            weight = experts.projections(module)[name]
-            try:
-                weight_format = plan.weight_format(experts.expert_shape(module, weight))
-            except QuantizationError as error:
-                problems.append((full_name, str(error)))
-                continue
-            parameter = experts.set_packed(module, name, weight_format)
+            _replace_linear(model, name, plan)
+        stacks = list(quantizable_experts(model, plan.skip))
+        for module, name, _ in stacks:
+            shape = experts.expert_shape(module, experts.projections(module)[name])
+            parameter = experts.set_packed(module, name, plan.weight_format(shape))
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # an attribute of transformers' own
-            packed_any = True
-        if problems:
-            raise _all_at_once(problems)
-        if packed_any:
+        if stacks:
             model.set_experts_implementation(experts.IMPLEMENTATION)
         return model
 
@@ -309,17 +300,29 @@ def _packing_experts(conversion: Any, plan: QuantizationPlan) -> Any:
     return conversion.copy(sources, targets, operations=[PackExperts(plan, conversion.operations)])
 
 
-def _all_at_once(problems: list[tuple[str, str]]) -> QuantizationError:
-    """One error for all weights that the backend can't store, from pairs of name and reason."""
+def shape_problem(model: PreTrainedModel, plan: QuantizationPlan) -> str | None:
+    """A sentence on all weights that the backend can't store; None where it stores all that the plan covers."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name in quantizable(model, plan.skip):
+        rows, columns = model.get_parameter(f"{name}.weight").shape
+        shapes[name] = (rows, columns)
+    for module, name, full_name in quantizable_experts(model, plan.skip):
+        shapes[full_name] = experts.expert_shape(module, experts.projections(module)[name])
     by_reason: dict[str, list[str]] = {}
-    for name, reason in problems:
-        by_reason.setdefault(reason, []).append(name)
+    for name, shape in shapes.items():
+        try:
+            plan.weight_format(shape)
+        except QuantizationError as error:
+            by_reason.setdefault(str(error), []).append(name)
+    if not by_reason:
+        return None
     lines = [
         names[0] + (f" (and {len(names) - 1} more)" if len(names) > 1 else "") + f": {reason}"
         for reason, names in by_reason.items()
     ]
-    leaves = sorted({name.rpartition(".")[2] for name, _ in problems})
-    return QuantizationError(
-        f"[quantization] can't store {len(problems)} weights of this base: {'; '.join(lines)}. "
+    failing = [name for names in by_reason.values() for name in names]
+    leaves = sorted({name.rpartition(".")[2] for name in failing})
+    return (
+        f"[quantization] can't store {len(failing)} weights of this base: {'; '.join(lines)}. "
         f"Choose other options, or keep them in full precision with skip = {json.dumps(leaves)}"
     )

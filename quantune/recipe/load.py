@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Protocol, get_type_hints
 
 import attrs
 import tomli
@@ -17,7 +17,16 @@ from quantune.recipe.schema import QuantizationConfig, Recipe
 from quantune.recipe.structure import Finding, structure
 
 OptionsOf = Callable[[str], type]
-BackendsWith = Callable[[str], Sequence[str]]
+
+
+class BackendsWith(Protocol):
+    """Says which backends have an option called `key`, and, where given, the weight dtype `value`."""
+
+    def __call__(self, key: str, value: str | None = None) -> Sequence[str]: ...
+
+
+def _no_backends(key: str, value: str | None = None) -> Sequence[str]:
+    return ()
 
 
 @attrs.frozen(kw_only=True)
@@ -48,7 +57,7 @@ def load_recipe(
     path: Path,
     *,
     options_of: OptionsOf,
-    backends_with: BackendsWith = lambda key: (),
+    backends_with: BackendsWith = _no_backends,
     overrides: Sequence[str] = (),
 ) -> LoadedRecipe:
     """Read and check a recipe.
@@ -56,7 +65,7 @@ def load_recipe(
     Args:
         path: the TOML file.
         options_of: the attrs class of a backend's options; raises BackendError for a backend that can't be used.
-        backends_with: names of the backends that have an option of a name.
+        backends_with: which backends have an option, for whoever writes one that belongs to another backend.
         overrides: `section.key=value`, the values in TOML; what isn't TOML is a string.
 
     Raises:
@@ -87,7 +96,7 @@ def load_recipe(
 
 
 def structure_recipe(
-    document: dict[str, Any], options_of: OptionsOf, backends_with: BackendsWith = lambda key: ()
+    document: dict[str, Any], options_of: OptionsOf, backends_with: BackendsWith = _no_backends
 ) -> tuple[Recipe | None, list[Finding]]:
     """Structure a parsed document, the keys of `[quantization]` shared out between quantune and the backend."""
     document = dict(document)
@@ -97,6 +106,12 @@ def structure_recipe(
     own = [field.name for field in attrs.fields(QuantizationConfig) if field.name != "options"]
     document["quantization"] = {key: value for key, value in table.items() if key in own}
     recipe, findings = structure(Recipe, document)
+    findings = [
+        attrs.evolve(finding, hint="quantune backends list shows those there are")
+        if finding.path == ("quantization", "backend")
+        else finding
+        for finding in findings
+    ]
     options, found = _structure_options(table, own, options_of, backends_with)
     findings += found
     if recipe is None or findings:
@@ -147,10 +162,16 @@ def _explain(finding: Finding, backend: str, cls: type, given: dict[str, Any], b
         others = [other for other in backends_with(key) if other != backend]
         if others:
             owners = " and ".join(f'"{other}"' for other in others)
+            way_out = "leave it out, there is one format" if given[key] == backend else f"it is an option of {owners}"
             message = f'{key} has no meaning for backend "{backend}"'
-            return attrs.evolve(finding, code="QT016", message=message, hint=f"it is an option of {owners}")
-    hint = cls.hint(key, given[key]) if hasattr(cls, "hint") and key in given else None
-    return attrs.evolve(finding, hint=hint) if hint else finding
+            return attrs.evolve(finding, code="QT016", message=message, hint=way_out)
+    hint: str | None = cls.hint(key, given[key]) if hasattr(cls, "hint") and key in given else None
+    if hint is None and finding.code == "QT013" and isinstance(given.get(key), str):
+        owners = " and ".join(f'"{other}"' for other in backends_with(key, given[key]))
+        hint = f'"{given[key]}" is a {key} of {owners}' if owners else None
+    if hint is None:
+        return finding
+    return attrs.evolve(finding, message=finding.message.split(" (did you mean")[0], hint=hint)
 
 
 def _read(path: Path) -> str:

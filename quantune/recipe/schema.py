@@ -65,8 +65,9 @@ class AdapterConfig:
     """Weight-decomposed adaptation: magnitude and direction of each weight are trained apart."""
     init: Literal["default", "gaussian", "pissa", "olora", "loftq"] = "default"
     """How the update begins. `default` and `gaussian`: at zero. `pissa`: with the principal singular vectors of each
-    weight; `olora`: with its QR decomposition; both are taken out of the base before it is packed. `loftq`: with what
-    packing would lose, so that base and update together come closest to the weight."""
+    weight; `olora`: with its QR decomposition, alpha / r times, so that a large alpha leaves more than the weight was;
+    both are taken out of the base before it is packed. `loftq`: with what packing would lose, so that base and update
+    together come closest to the weight."""
     loftq_iterations: int = attrs.field(default=1, validator=positive)
     """`loftq`: how often packing and fitting the update take turns."""
     bias: Literal["none", "lora_only", "all"] = "none"

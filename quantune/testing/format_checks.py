@@ -22,6 +22,10 @@ AWKWARD_ALLOWANCE = 1.5
 NEARLY_ZERO = 1e-6
 MAY_BE_REFUSED = ("huge", "tiny", "subnormal")
 WORLD_SIZES = (2, 3, 5, 7)
+SAME_CODE = 1e-5
+"""How near, as a share of the largest magnitude, two dequantized weights are that have the same code."""
+MOST = 0.99
+"""Share of weights that must have the same code on every device; arithmetic there may round a few the other way."""
 every_device = pytest.mark.parametrize("device", ["cpu", "cuda"])
 
 
@@ -83,6 +87,28 @@ class FormatChecks:
                     "values and options alone: no random numbers, no memory of earlier weights, nothing left "
                     "uninitialized (checkpoints and ranks are compared by these bytes)",
                 )
+
+    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("device", ["cuda"])
+    def test_packing_on_a_gpu_stores_what_packing_on_the_cpu_does(
+        self, subject: Subject, kind: str, device: str
+    ) -> None:
+        """A GPU packs its weights itself: the same bytes every time, and but for roundings the same weights."""
+        _require_device(subject, device)
+        for dtype in DTYPES:
+            weight = subject.weight(dtype=dtype, kind=kind).to(device)
+            packed, again = subject.pack(weight), subject.pack(weight)
+            found_on = packed.data.device.type
+            require(found_on == device, f"packing a weight on {device} gave bytes on {found_on}")
+            require(torch.equal(packed.data, again.data), f"packing twice on {device} gave other bytes")
+            here = subject.dequantize(PackedWeight(packed.layout, packed.data.cpu())).float()
+            there = subject.dequantize(subject.pack(weight.cpu())).float()
+            span = there.abs().max() + torch.finfo(torch.float32).tiny
+            require(
+                float(((here - there).abs() <= span * SAME_CODE).float().mean()) > MOST,
+                f"a {SHORT[dtype]} weight of the kind {kind!r} packed on {device} means another weight than packed on "
+                "the CPU; a rounding apart is fine for single weights, more is not",
+            )
 
     def test_packing_leaves_the_weight_as_it_was(self, subject: Subject) -> None:
         for dtype in DTYPES:

@@ -123,6 +123,41 @@ class UseChecks:
                     fail(f"adopting the tensors of export {what} raised {type(error).__name__}: {error}; {remedy}")
                 fail(f"the tensors of export {what} were adopted; {remedy}")
 
+    def test_checkpoints_that_are_adopted_have_names_for_what_is_exported(self, subject: Subject) -> None:
+        if not subject.case.description.adopts:
+            pytest.skip("adopts no checkpoints")
+        exported = subject.backend.export(subject.pack(subject.weight()))
+        with expecting_no_error("checkpoint_names('weight')"):
+            names = subject.backend.checkpoint_names("weight")
+        require(
+            names.keys() == exported.keys() and len(set(names.values())) == len(names),
+            f"checkpoint_names must name every tensor of export, {sorted(exported)}, each differently; "
+            f"found {dict(names)}",
+        )
+        with expecting_no_error("checkpoint_problem({})", "It says in a sentence what does not fit, or None."):
+            problem = subject.options.checkpoint_problem({})
+        require(
+            problem is None or isinstance(problem, str),
+            f"checkpoint_problem must return a sentence or None, found {problem!r}",
+        )
+
+    def test_rows_that_are_stacked_packed_mean_the_weights_stacked(self, subject: Subject) -> None:
+        if not subject.case.description.adopts:
+            pytest.skip("adopts no checkpoints")
+        parts = [subject.pack(subject.weight(seed=seed)) for seed in range(2)]
+        exported = [subject.backend.export(part) for part in parts]
+        shape = (2 * subject.shape[0], subject.shape[1])
+        try:
+            stacked = subject.backend.stack_rows(exported, subject.options)
+        except QuantizationError:
+            return  # a format may refuse, where stacked rows would be no weight of it
+        adopted = adopt_weight(subject.backend, stacked, shape, torch.float32, subject.options)
+        expected = torch.cat([subject.dequantize(part) for part in parts])
+        require(
+            same_bits(subject.dequantize(adopted), expected),
+            "stack_rows of two weights means something else than the two weights one above the other",
+        )
+
     def test_experts_of_a_stack_are_packed_as_if_alone(self, subject: Subject) -> None:
         alone = [subject.weight(seed=seed) for seed in range(EXPERTS)]
         stack = torch.stack(alone)
@@ -188,8 +223,9 @@ class UseChecks:
                 "on the gathered bytes alone",
             )
 
-    @pytest.fixture(scope="session")
-    def ranks(self) -> Iterator[TwoRanks]:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def ranks(cls) -> Iterator[TwoRanks]:
         """Two processes, started when they are first needed."""
         with TwoRanks() as ranks:
             yield ranks

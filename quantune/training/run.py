@@ -19,11 +19,12 @@ from quantune.checkpoint.state import load_state, save_state
 from quantune.data import dataset as data
 from quantune.errors import CheckpointError, InterruptedRun
 from quantune.model import adapter
+from quantune.model.adoption import kept_modules
 from quantune.model.base import Base, open_base, skeleton
 from quantune.model.compilation import compile_blocks, require_compiler, suspended
 from quantune.model.device import DTYPES, choose_device
 from quantune.model.initialization import Initialization
-from quantune.model.load import load_model, module_table, packed_fingerprint
+from quantune.model.load import check_plan, load_model, module_table, packed_fingerprint
 from quantune.recipe.resolve import to_dict, to_toml
 from quantune.recipe.schema import Recipe
 from quantune.training.evaluate import evaluate
@@ -69,20 +70,22 @@ def train(
     base = open_base(recipe.model, recipe.quantization, allow_remote_code=allow_remote_code)
     meta = skeleton(base)
     adapter.match_targets(meta, recipe.adapter)
+    if recipe.quantization is not None:
+        check_plan(meta, recipe.quantization, device, () if base.stored is None else kept_modules(base.stored))
     beside = adapter.left_out(meta) if recipe.adapter.targets == "all-linear" else []
     if beside:
         observer.warning(
             f"all-linear leaves out {len(beside)} linear layers beside the experts, e.g. {beside[0]}: PEFT takes their "
             "names for the experts' fused weights"
         )
-    vocabulary_size = meta.get_input_embeddings().num_embeddings  # type: ignore[operator]  # a transformers model
+    embedding: Any = meta.get_input_embeddings()
 
     observer.phase("reading the data")
-    dataset = data.build(recipe.data.train, recipe.data, base.tokenizer, vocabulary_size=vocabulary_size)
+    dataset = data.build(recipe.data.train, recipe.data, base.tokenizer, vocabulary_size=embedding.num_embeddings)
     observer.data("train", dataset.counts)
     held_out = None
     if recipe.data.eval:
-        held_out = data.build(recipe.data.eval, recipe.data, base.tokenizer, vocabulary_size=vocabulary_size)
+        held_out = data.build(recipe.data.eval, recipe.data, base.tokenizer, vocabulary_size=embedding.num_embeddings)
         observer.data("eval", held_out.counts)
     longest = max(len(sample.input_ids) for sample in dataset.samples)
     recipe = resolve(recipe, device=device, sample_count=len(dataset.samples), longest=longest)
@@ -99,6 +102,7 @@ def train(
     if recipe.training.activation_checkpointing:
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.training.compile:
+        observer.phase("compiling: the first steps take longer, up to minutes")
         compile_blocks(inner)
 
     fingerprints = _fingerprints(recipe, base, dataset, model)

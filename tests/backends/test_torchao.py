@@ -83,7 +83,8 @@ def test_nf4_equals_torchao(dtype, kind, group_size):
 
 
 def test_nf4_of_small_fp16_weights_keeps_its_scales_where_torchaos_factor_overflows():
-    weight = (torch.randn(64, 256) * 1e-3).half()
+    torch.manual_seed(0)
+    weight = (torch.randn(64, 256) * 5e-4).half()
     assert torch.isinf(NF4Tensor.from_tensor(weight, 64, 256).quantization_factor).any()
     packed = pack_weight(BACKEND, weight, options("nf4"))
     error = (BACKEND.dequantize(packed, torch.float32) - weight.float()).norm() / weight.float().norm()

@@ -253,7 +253,7 @@ def test_a_name_that_no_backend_has_is_answered_with_those_there_are(name, messa
 
 def test_a_known_plugin_that_is_not_installed_is_answered_with_how_to_install_it(monkeypatch):
     monkeypatch.setitem(registry.KNOWN_PLUGINS, "known", "quantune-known")
-    with pytest.raises(BackendError, match='found "known"; pip install quantune-known'):
+    with pytest.raises(BackendError, match='found "known"; known is a package of its own: pip install quantune-known'):
         registry.named("known")
 
 
@@ -443,7 +443,7 @@ def test_what_is_known_without_importing_is_a_row_too(results):
 def test_the_check_of_one_that_lacks_something_is_no_failure_and_says_what_to_install(tmp_path):
     folder = install(tmp_path, "plugin", {"lacking": "plugin:description"}, CHECKED["lacking"][0])
     done = quantune_command("backends", "check", "lacking", PYTHONPATH=folder)
-    assert done.returncode == 0 and "lacking is unavailable: no [lib] (pip install lib)" in done.stdout
+    assert done.returncode == 0 and "lacking (plugin 1.0) unavailable: no [lib] (pip install lib)" in done.stdout
 
 
 def dequantizing(what: str) -> str:

@@ -48,7 +48,7 @@ def test_two_formats_are_compared_as_json_with_a_chart(tmp_path):
     arguments = ("--only", "bnb:int8,torchao:nf4", "--max-tokens", "200", "--json", "--chart", "chart.svg")
     done = compare("builtin:mini", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert done.stderr == "chart: chart.svg\n"
     document = json.loads(done.stdout)
     reference, int8, nf4 = document["rows"]
     assert [row["format"] for row in document["rows"]] == ["unquantized", "bnb:int8", "torchao:nf4"]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from quantune.errors import ModelError, QuantizationError
 from quantune.model.base import open_base, skeleton
-from quantune.model.load import load_model, module_table, packed_fingerprint
+from quantune.model.load import check_plan, load_model, module_table, packed_fingerprint
 from quantune.model.names import matches
 from quantune.quantized.linear import QuantLinear
 from quantune.recipe.schema import ModelConfig
@@ -82,7 +82,7 @@ def test_without_quantization_the_base_stays_as_it_is(llama):
 
 
 def test_weights_that_should_be_packed_and_are_not_fail_the_load(gpt2):
-    with pytest.raises(QuantizationError, match="nothing was packed"):
+    with pytest.raises(QuantizationError, match="nothing is packed"):
         load(gpt2, quantization())
 
 
@@ -177,3 +177,22 @@ def test_a_base_trained_in_bf16_packs_to_the_same_bytes_where_it_is_computed_in_
     asked = load_model(base_of(llama), plan, compute_dtype=torch.float32, device=CPU, pack_dtype=torch.bfloat16)
     assert packed_fingerprint(asked) == packed_fingerprint(trained)
     assert asked(torch.arange(8)[None]).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (
+            {"skip": ["layers.0", "nothing.here"]},
+            r'skip: "nothing.here" names no module of this base; the linear layers',
+        ),
+        ({"skip": ["mlp.dwon_proj"]}, r'"mlp.dwon_proj" names no module .*\(did you mean "down_proj"\?\)'),
+        ({"skip": ["*"]}, r"nothing is packed: .* Leave \[quantization\] out"),
+        ({"backend": "torchao", "weight_dtype": "int4"}, "group_size = 128 does not divide its 64 in features"),
+    ],
+)
+def test_what_can_not_be_packed_as_asked_is_known_before_any_weight_is_read(llama, plan, message):
+    with pytest.raises(ModelError, match=message) as caught:
+        check_plan(skeleton(base_of(llama)), quantization(**plan), CPU)
+    assert caught.value.exit_code == 2
+    check_plan(skeleton(base_of(llama)), quantization(skip=["layers.0", "*.down_proj"]), CPU)

@@ -92,7 +92,7 @@ def test_every_format_has_its_defaults(tmp_path, table, options):
             "QT016",
             "quantization.weight_dtype",
             'weight_dtype has no meaning for backend "mxfp4"',
-            "bnb",
+            "leave it out, there is one format",
         ),
         (
             'backend = "torchao"\nweight_dtype = "fp8"\ngroup_size = 64',
@@ -129,6 +129,15 @@ def test_every_format_has_its_defaults(tmp_path, table, options):
             "expected a list of whole numbers",
             None,
         ),
+        (
+            'backend = "bnb"\nweight_dtype = "int4"',
+            "QT013",
+            "quantization.weight_dtype",
+            'found "int4" (a string)',
+            '"int4" is a weight_dtype of "torchao"',
+        ),
+        ('backend = ""', "QT014", "quantization.backend", "must not be empty", "quantune backends list"),
+        ('skip = ["a"]', "QT010", "quantization.backend", "lacks the key", "quantune backends list"),
         ('backend = "hqq4"', "QT015", "quantization.backend", 'found "hqq4"', None),
     ],
 )

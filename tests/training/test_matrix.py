@@ -229,8 +229,17 @@ def test_compiled_code_computes_the_same(base):
         torch.testing.assert_close(gradient, expected[key], rtol=1e-2, atol=1e-3)
 
 
-def test_a_recipe_can_compile(data, monkeypatch):
-    """The key reaches the blocks: without a compiler it is refused, before anything is read."""
+@pytest.mark.slow
+def test_a_compiled_run_trains_evaluates_and_ends_like_one_that_is_not(data):
+    made = recipe(data, "torchao int8")
+    shorter = attrs.evolve(made.training, max_steps=4)
+    run(attrs.evolve(made, training=shorter), data / "eager")
+    result = run(attrs.evolve(made, training=attrs.evolve(shorter, compile=True)), data / "compiled-run")
+    torch.testing.assert_close(losses(data / "compiled-run"), losses(data / "eager"), rtol=1e-3, atol=1e-3)
+    assert result.evaluations[-1].exact_match is not None
+
+
+def test_compiling_without_a_compiler_is_refused_before_anything_is_read(data, monkeypatch):
     from quantune.errors import InputError
 
     monkeypatch.setenv("PATH", "")

@@ -23,7 +23,7 @@ class BnbOptions:
     weight_dtype: Literal["nf4", "fp4", "int8"] = "nf4"
     """4-bit NormalFloat, 4-bit float, or 8-bit integers with one scale per row."""
     block_size: int | None = None
-    """`nf4` and `fp4`: weights that share one scale, 64 by default."""
+    """`nf4` and `fp4`: weights that share one scale: 32, 64 (the default), and so on in powers of two up to 4096."""
     double_quant: bool | None = None
     """`nf4` and `fp4`: store the scales in 8 bit too (about 0.4 bits per weight less), true by default."""
 

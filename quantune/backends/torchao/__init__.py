@@ -27,8 +27,9 @@ class TorchaoOptions:
     """4-bit integers in groups (asymmetric), 4-bit NormalFloat, NVIDIA's 4-bit float, 8-bit integers, or 8-bit float
     (e4m3) with one scale per row."""
     group_size: int | None = None
-    """Weights of a row that share one scale. `int4`: 32, 64, 128 (the default) or 256. `nf4`: 64 by default. `nvfp4`:
-    always 16. `int8`: the whole row by default. `fp8`: has no groups."""
+    """Weights of a row that share one scale. `int4`: 32, 64, 128 (the default) or 256. `nf4`: 16, 32, 64 (the
+    default), 128 or 256, of the flattened weight. `nvfp4`: always 16. `int8`: the whole row by default. `fp8`: has no
+    groups."""
     scaler_block_size: int | None = None
     """`nf4`: scales that share one scale of their own, 256 by default."""
 
