@@ -12,7 +12,7 @@ demo: $(VENV)/installed
 		--prompt "March 3rd, 2021" --prompt "two hours and five minutes" --prompt "12 October 1998"
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check .

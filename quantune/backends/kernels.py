@@ -216,4 +216,12 @@ def in_row_slices(weight: Tensor, pack: Callable[[Tensor], tuple[Tensor, ...]], 
     """
     size = max(rows, PACKED_AT_ONCE // max(1, weight.shape[1]) // rows * rows)
     parts = [pack(part) for part in weight.split(size)]
-    return [torch.cat(one) for one in zip(*parts, strict=True)]
+    return [_cat(one) for one in zip(*parts, strict=True)]
+
+
+def _cat(parts: tuple[Tensor, ...]) -> Tensor:
+    """The parts by rows; float8 as bytes, which every device can concatenate."""
+    dtype = parts[0].dtype
+    if dtype.itemsize > 1 or not dtype.is_floating_point:
+        return torch.cat(parts)
+    return torch.cat([part.contiguous().view(torch.uint8) for part in parts]).view(dtype)

@@ -61,7 +61,7 @@ class QuantizationPlan:
         return WeightFormat(self.backend, self.backend.layout(shape, self.pack_dtype, self.options), self.workspace)
 
     def pack(self, weight: Tensor, name: str) -> Tensor:
-        """The bytes of one weight, shape (out features, in features); what fails is noted."""
+        """The bytes of one weight, shape (out features, in features), less the adapter's share."""
 
         def round_trip(weight: Tensor) -> Tensor:
             packed = pack_weight(self.backend, weight, self.options, name=name)
