@@ -92,7 +92,7 @@ def train(
 
     observer.phase("loading the base")
     split = adapter.build_initialization(meta, recipe.adapter, seed=recipe.training.seed)
-    model, summary = _load(recipe, base, device, split)
+    model, summary, packed = _load(recipe, base, device, split)
     observer.model(summary)
     parameters = adapter.trainable_parameters(model)
     optimizer = build_optimizer(parameters, recipe.training)
@@ -105,7 +105,7 @@ def train(
         observer.phase("compiling: the first steps take longer, up to minutes")
         compile_blocks(inner)
 
-    fingerprints = _fingerprints(recipe, base, dataset, model)
+    fingerprints = {**_fingerprints(recipe, base, dataset), "the packed weights": packed}
     if split is not None:
         fingerprints["the weights that the adapter's share was taken out of"] = split.dense_digest.hexdigest()
     progress = Progress()
@@ -190,12 +190,13 @@ def train(
 
 def _load(
     recipe: Recipe, base: Base, device: torch.device, split: Initialization | None
-) -> tuple[PeftModel, ModelSummary]:
+) -> tuple[PeftModel, ModelSummary, str]:
+    """The base with a fresh adapter, what to say of it, and the fingerprint of its packed weights."""
     begun = time.perf_counter()
     dtype = DTYPES[recipe.training.precision]
     with measure_peak(device) as peak:
         model = load_model(base, recipe.quantization, compute_dtype=dtype, device=device, initialization=split)
-    rows = module_table(model)
+    rows, packed = module_table(model), packed_fingerprint(model)  # before the adapter changes the modules' names
     peft_model = adapter.attach(
         model, recipe.adapter, base_name=base.source, seed=recipe.training.seed, initialization=split
     )
@@ -209,15 +210,14 @@ def _load(
         peak_bytes=peak.nbytes,
         seconds=time.perf_counter() - begun,
     )
-    return peft_model, summary
+    return peft_model, summary, packed
 
 
-def _fingerprints(recipe: Recipe, base: Base, dataset: data.Dataset, model: nn.Module) -> dict[str, Any]:
+def _fingerprints(recipe: Recipe, base: Base, dataset: data.Dataset) -> dict[str, Any]:
     """What a resumed run must share with the run that wrote the checkpoint."""
     document = to_dict(recipe)
     prints: dict[str, Any] = {f"[{section}]": document.get(section) for section in UNCHANGEABLE}
     prints["the tokens of the training data"] = dataset.fingerprint()
-    prints["the packed weights"] = packed_fingerprint(model)
     if base.folder is not None:
         prints["the files of the base"] = hash_files(base.folder.glob("*.safetensors"))
     else:

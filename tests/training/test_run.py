@@ -119,6 +119,7 @@ def test_a_run_leaves_its_recipe_manifest_metrics_checkpoints_and_adapter(folder
 
     answers = quantune("generate", run, "--prompt", "What comes after 3?", "--json")
     assert json.loads(answers.stdout)[0]["prompt"] == "What comes after 3?"
+    assert "warning" not in answers.stderr  # the base is packed to the bytes that were trained on
 
 
 LONGER = RECIPE.replace("max_steps = 8", "max_steps = 14")
