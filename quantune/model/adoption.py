@@ -82,20 +82,26 @@ class AdoptWeight(ConversionOps):
     ) -> dict[str, Tensor]:
         """Replace the tensors of one weight by its bytes, under `full_layer_name`."""
         assert model is not None
+        with self.plan.noting_failures():
+            return {full_layer_name: self._adopt(input_dict, full_layer_name, model)}
+
+    def _adopt(
+        self, input_dict: dict[str, Tensor | list[Tensor]], full_layer_name: str, model: PreTrainedModel
+    ) -> Tensor:
         module_name, _, leaf = full_layer_name.rpartition(".")
         module = model.get_submodule(module_name)
         tensors = {_leaf(key): value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
         if leaf in tensors and len(tensors) == 1 and tensors[leaf].dtype.itemsize > 1:  # kept in full precision there
-            return {full_layer_name: _dense(tensors[leaf], module, leaf, self.plan, full_layer_name)}
+            return _dense(tensors[leaf], module, leaf, self.plan, full_layer_name)
         found = {self.parts.get(name, name): tensor for name, tensor in tensors.items()}
         if experts.is_experts(module):
-            count = module.num_experts
-            each = [{part: tensor[index] for part, tensor in found.items()} for index in range(count)]  # type: ignore[arg-type]
-            return {full_layer_name: _stacked(each, module, leaf, self.plan, full_layer_name)}
+            count = len(next(iter(found.values())))
+            each = [{part: tensor[index] for part, tensor in found.items()} for index in range(count)]
+            return _stacked(each, module, leaf, self.plan, full_layer_name)
         assert isinstance(module, nn.Linear)
         weight_format = module.weight_format if isinstance(module, QuantLinear) else None
         shape = (module.out_features, module.in_features)
-        return {full_layer_name: _adopted(found, shape, weight_format, self.plan, full_layer_name)}
+        return _adopted(found, shape, weight_format, self.plan, full_layer_name)
 
 
 class AdoptExperts(ConversionOps):
@@ -121,18 +127,23 @@ class AdoptExperts(ConversionOps):
         assert model is not None
         module_name, _, leaf = full_layer_name.rpartition(".")
         module = model.get_submodule(module_name)
-        each = []
-        for index in range(len(input_dict[self.sources[0]])):
-            parts = [
-                {
-                    part: input_dict[name][index]
-                    for part, name in self.plan.backend.checkpoint_names(source).items()
-                    if name in input_dict
-                }
-                for source in self.sources
+        with self.plan.noting_failures():
+            each = [
+                self._expert(input_dict, index, full_layer_name) for index in range(len(input_dict[self.sources[0]]))
             ]
-            each.append(self._joined(parts, full_layer_name))
-        return {target_patterns[0]: _stacked(each, module, leaf, self.plan, full_layer_name)}
+            return {target_patterns[0]: _stacked(each, module, leaf, self.plan, full_layer_name)}
+
+    def _expert(self, input_dict: dict[str, list[Tensor]], index: int, name: str) -> dict[str, Tensor]:
+        """The tensors of one expert, its parts stacked."""
+        parts = [
+            {
+                part: input_dict[key][index]
+                for part, key in self.plan.backend.checkpoint_names(source).items()
+                if key in input_dict
+            }
+            for source in self.sources
+        ]
+        return self._joined(parts, name)
 
     def _joined(self, parts: list[dict[str, Tensor]], name: str) -> dict[str, Tensor]:
         """The tensors of weights that are stacked by rows."""
@@ -141,9 +152,7 @@ class AdoptExperts(ConversionOps):
         try:
             return dict(self.plan.backend.stack_rows(parts, self.plan.options))
         except QuantizationError as error:
-            named = QuantizationError(f"{name}: {error}")
-            self.plan.failures.append(named)
-            raise named from error
+            raise QuantizationError(f"{name}: {error}") from error
 
 
 def adopting_conversions(conversions: list[Any], quantizer: HfQuantizer, plan: QuantizationPlan) -> list[Any]:
@@ -171,7 +180,7 @@ def _stacks_rows(operations: list[ConversionOps]) -> bool:
     kinds = [type(operation) for operation in operations]
     if kinds == [MergeModulelist]:
         return True
-    return kinds == [MergeModulelist, Concatenate] and operations[1].dim == 1  # type: ignore[attr-defined]
+    return kinds == [MergeModulelist, Concatenate] and operations[1].dim == 1  # type: ignore[attr-defined]  # the second is a Concatenate
 
 
 def _stacked(each: list[dict[str, Tensor]], module: nn.Module, leaf: str, plan: QuantizationPlan, name: str) -> Tensor:
@@ -194,11 +203,7 @@ def _adopted(
     name: str,
 ) -> Tensor:
     """The bytes of one weight, or, for a layer that the recipe skips, the weight itself."""
-    try:
-        packed = adopt_weight(plan.backend, tensors, shape, plan.pack_dtype, plan.options, name=name)
-    except QuantizationError as error:
-        plan.failures.append(error)
-        raise
+    packed = adopt_weight(plan.backend, tensors, shape, plan.pack_dtype, plan.options, name=name)
     if weight_format is None:
         return _parameter(plan.backend.dequantize(packed, plan.compute_dtype))
     return _parameter(packed.data)

@@ -10,6 +10,8 @@ with transformers, computes all of them; only experts that a token was sent to a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -89,9 +91,11 @@ def packed_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor
 def _one_expert(module: nn.Module, expert: int, x: Tensor) -> Tensor:
     first = "gate_up_proj" if module.has_gate else "up_proj"
     hidden = _project(module, first, expert, x)
-    hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)  # type: ignore[operator]
+    activate: Any = module._apply_gate if module.has_gate else module.act_fn
+    hidden = activate(hidden)
     hidden = _project(module, "down_proj", expert, hidden)
-    return module.post_expert_norm(hidden) if getattr(module, "has_post_expert_norm", False) else hidden  # type: ignore[operator]
+    norm: Any = module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else None
+    return hidden if norm is None else norm(hidden)
 
 
 def _project(module: nn.Module, name: str, expert: int, x: Tensor) -> Tensor:

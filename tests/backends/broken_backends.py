@@ -460,7 +460,7 @@ class Changeable:
 class Unhashable:
     """Options that hold a list."""
 
-    sizes: list[int] = [16]  # noqa: RUF012
+    sizes: list[int] = [16]  # a mutable default is what is wrong here
     """Sizes."""
 
 

@@ -31,7 +31,7 @@ class Results:
         kept = []
         for item in items:
             check = item.originalname.removeprefix("test_")  # type: ignore[attr-defined]  # a function of a class
-            title = item.callspec.params["case"]  # type: ignore[attr-defined]
+            title = item.callspec.params["case"]  # type: ignore[attr-defined]  # as above
             item.user_properties.append((check, title))
             if title not in BROKEN:
                 wanted = check not in SLOW
