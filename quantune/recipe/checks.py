@@ -30,6 +30,14 @@ def positive_or_auto(instance: Any, attribute: Any, value: Any) -> None:
         positive(instance, attribute, value)
 
 
+def count_or_fraction(instance: Any, attribute: Any, value: Any) -> None:
+    """The value must be a whole number greater than 0, or a fraction between 0 and 1."""
+    if isinstance(value, float) and not 0 < value < 1:
+        raise ValueError(f"must be a whole number of samples or a fraction between 0 and 1, found {_shown(value)}")
+    if not isinstance(value, float):
+        positive(instance, attribute, value)
+
+
 def at_least(minimum: float) -> Validator:
     """The value must be a number, `minimum` or greater."""
 

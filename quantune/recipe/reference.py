@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import attrs
 
-from quantune.recipe.schema import Recipe, SourceConfig
+from quantune.recipe.schema import Recipe, SourceConfig, SpecialTokensConfig
 from quantune.recipe.structure import _is_union
 
 INTRODUCTION = """\
@@ -61,6 +61,8 @@ def render(extra: Mapping[str, type] = MappingProxyType({})) -> str:
         cls = next((member for member in (hints[field.name], *get_args(hints[field.name])) if attrs.has(member)), None)
         assert cls is not None
         parts.append(_section(f"[{field.name}]", cls))
+        if field.name == "model":
+            parts.append(_section("[model.special_tokens]", SpecialTokensConfig))
         if field.name == "data":
             parts.append(_section("[[data.train]] and [[data.eval]]", SourceConfig))
         if field.name == "quantization":
@@ -96,7 +98,7 @@ def default_words(field: Any) -> str:
         return "required"
     factory = isinstance(field.default, attrs.Factory)  # type: ignore[arg-type]  # a class at run time
     value = field.default.factory() if factory and not field.default.takes_self else field.default
-    if value is None or isinstance(value, attrs.Factory):  # type: ignore[arg-type]  # as above
+    if value is None or value == {} or isinstance(value, attrs.Factory):  # type: ignore[arg-type]  # as above
         return ""
     value = list(value) if isinstance(value, tuple) else value
     return f"`{json.dumps(value)}`"
@@ -111,6 +113,9 @@ def type_words(annotation: Any) -> str:
         return " or ".join(f"`{json.dumps(value)}`" for value in get_args(annotation))
     if get_origin(annotation) in (tuple, list):
         return f"list of {type_words(get_args(annotation)[0])}s"
+    if get_origin(annotation) is dict:
+        member = get_args(annotation)[1]
+        return "table" if member is Any else f"table of {type_words(member)}s"
     if _is_union(annotation):
         return " or ".join(type_words(member) for member in get_args(annotation) if member is not type(None))
     return str(annotation)

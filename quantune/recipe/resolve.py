@@ -49,9 +49,17 @@ def with_absolute_paths(recipe: Recipe, recipe_path: Path) -> Recipe:
     )
 
 
+_NO_TOKENS = {"additional_special_tokens": []}
+"""What a table of special tokens holds that changes nothing."""
+
+
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as nested dicts and lists in its canonical form; what is unset is left out."""
     document = _plain(recipe)
+    document["model"] = {key: value for key, value in document["model"].items() if value not in ({}, _NO_TOKENS)}
+    for part in ("train", "eval"):
+        rows = document["data"].get(part, [])
+        document["data"][part] = [{key: value for key, value in row.items() if value != {}} for row in rows]
     quantization = document.get("quantization")
     if quantization is not None:
         quantization.update(quantization.pop("options", None) or {})
@@ -84,4 +92,6 @@ def _plain(value: Any) -> Any:
         return {name: _plain(item) for name, item in fields if item is not None}
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items() if item is not None}
     return value

@@ -10,7 +10,32 @@ from typing import Any, Literal
 
 import attrs
 
-from quantune.recipe.checks import at_least, between, finite, not_empty, patterns, positive, positive_or_auto
+from quantune.recipe.checks import (
+    at_least,
+    between,
+    count_or_fraction,
+    finite,
+    not_empty,
+    patterns,
+    positive,
+    positive_or_auto,
+)
+
+
+@attrs.frozen(kw_only=True)
+class SpecialTokensConfig:
+    """The tokenizer's special tokens, where they are to be others than its own."""
+
+    bos_token: str | None = attrs.field(default=None, validator=attrs.validators.optional(not_empty))
+    """Begins a text."""
+    eos_token: str | None = attrs.field(default=None, validator=attrs.validators.optional(not_empty))
+    """Ends a text."""
+    pad_token: str | None = attrs.field(default=None, validator=attrs.validators.optional(not_empty))
+    """Fills up batches."""
+    unk_token: str | None = attrs.field(default=None, validator=attrs.validators.optional(not_empty))
+    """Stands for what the vocabulary lacks."""
+    additional_special_tokens: tuple[str, ...] = attrs.field(default=(), validator=patterns)
+    """More tokens that are never split and that generated text leaves out."""
 
 
 @attrs.frozen(kw_only=True)
@@ -24,8 +49,20 @@ class ModelConfig:
     tokenizer: str | None = None
     """A folder or hub id to take the tokenizer from; the base's own by default."""
     chat_template: str | None = None
-    """A Jinja file that replaces the tokenizer's own chat template."""
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """What replaces the tokenizer's own chat template: a Jinja file, or the name of a template that comes with quantune
+    (`chatml`, `llama3`, ...; docs/data.md lists them)."""
+    special_tokens: SpecialTokensConfig = attrs.field(factory=SpecialTokensConfig)
+    """Special tokens that differ from the tokenizer's own. One that the vocabulary lacks is added to it."""
+    added_tokens: tuple[str, ...] = attrs.field(default=(), validator=patterns)
+    """Ordinary tokens added to the vocabulary. The embeddings grow as needed; new rows begin at the mean of the old
+    ones and are trained only with `[adapter] modules_to_save`."""
+    pad_vocabulary_to_multiple_of: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive))
+    """Grow the embeddings to a multiple of this many rows."""
+    config: dict[str, Any] = attrs.field(factory=dict)
+    """Values that replace those of the base's `config.json`, e.g. `rope_scaling`; an unknown one is an error."""
+    attn_implementation: Literal[
+        "auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = "auto"
     """Which attention transformers uses; `auto` leaves the choice to it."""
     trust_remote_code: bool = False
     """Run Python code that comes with the base. Needs the flag `--trust-remote-code` as well."""
@@ -40,6 +77,8 @@ class QuantizationConfig:
     skip: tuple[str, ...] = attrs.field(default=(), validator=patterns)
     """Modules kept in full precision besides embeddings and the output head: dotted names or parts of them, `*` matches
     within a part (`layers.0`, `mlp.down_proj`, `*_proj`)."""
+    experts: bool = True
+    """Pack the fused experts of mixture models as well; `false` keeps them in full precision."""
     options: Any = None
     """The backend's options, structured by its own attrs class; their keys stand in the same table."""
 
@@ -57,8 +96,12 @@ class AdapterConfig:
     dropout: float = attrs.field(default=0.0, validator=between(0.0, 1.0, right_open=True))
     """Probability of dropping an input of the adapter in training."""
     targets: str | tuple[str, ...] = attrs.field(default="all-linear", validator=patterns)
-    """`all-linear` (every linear layer but the output head), a list of name suffixes (`["q_proj", "v_proj"]`), or one
-    regular expression that must match a whole module name."""
+    """`all-linear` (every linear layer but the output head), a list of name suffixes (`["q_proj", "v_proj"]`; among
+    them `all-linear`), or one regular expression that must match a whole module name."""
+    target_parameters: tuple[str, ...] = attrs.field(default=(), validator=patterns)
+    """Weights of fused experts to adapt as well, as suffixes of parameter names, e.g. `["mlp.experts.gate_up_proj"]`."""
+    start_from: str | None = attrs.field(default=None, validator=attrs.validators.optional(not_empty))
+    """An adapter folder whose weights training starts from, relative to the recipe; it must have this table's shape."""
     use_rslora: bool = False
     """Rank-stabilized scaling, alpha / sqrt(r)."""
     use_dora: bool = False
@@ -84,17 +127,26 @@ class SourceConfig:
     """A `.jsonl`, `.json`, `.csv` or `.parquet` file, relative to the recipe."""
     dataset: str | None = None
     """A hub dataset's id, in place of `path` (needs the extra `datasets`)."""
+    data_files: tuple[str, ...] = attrs.field(default=(), validator=patterns)
+    """Files of the hub dataset to read, in place of all."""
     name: str | None = None
     """The hub dataset's configuration."""
     split: str = "train"
-    """The hub dataset's split; slices such as `train[:20%]` work."""
+    """The hub dataset's split; slices such as `train[:20%]` or `train[100:200]` work, for a file too."""
     revision: str | None = None
     """Branch, tag or commit of the hub dataset."""
-    format: Literal["chat", "instruct", "completion"]
+    format: Literal["chat", "instruct", "alpaca", "completion"]
     """`chat`: a list of role/content messages, rendered with the chat template. `instruct`: a prompt and a response.
+    `alpaca`: the columns `instruction`, `input` (may be empty) and `output` in Stanford Alpaca's two prompts.
     `completion`: plain text."""
     messages_column: str = "messages"
     """`chat`: the column that holds the messages."""
+    message_keys: dict[str, str] = attrs.field(factory=dict)
+    """`chat`: what the keys of a message are called, e.g. `{role = "from", content = "value"}`."""
+    roles: dict[str, tuple[str, ...]] = attrs.field(factory=dict)
+    """`chat`: what the roles are called, e.g. `{user = ["human"], assistant = ["gpt"]}`, beside their own names."""
+    drop_system_message: bool = False
+    """`chat`: leave out a system message at the beginning."""
     prompt_column: str = "prompt"
     """`instruct`: the column that holds the prompt."""
     response_column: str = "response"
@@ -104,9 +156,16 @@ class SourceConfig:
     template: str | None = None
     """`instruct`: the prompt as text with columns in braces, e.g. `"Q: {prompt}\\nA: "`. Without it the prompt and the
     response become a user and an assistant message of the chat template."""
-    loss_on: Literal["assistant", "all"] = "assistant"
-    """Which tokens are targets: what the assistant says up to and including the end token, or everything. `completion`
-    trains on everything."""
+    input_column: str | None = None
+    """`instruct`: a column that may be empty or missing; where it is, `template_no_input` is the prompt."""
+    template_no_input: str | None = None
+    """`instruct`: the template of rows whose `input_column` is empty."""
+    loss_on: Literal["assistant", "all"] | tuple[str, ...] = "assistant"
+    """Which tokens are targets: what the assistant says up to and including the end token, everything, or what the
+    roles in a list say (`["assistant", "tool"]`). `completion` trains on everything."""
+    train_on_eos: Literal["turn", "all", "last", "none"] = "turn"
+    """`chat`: which end tokens are targets: those of the turns that are trained on, those of all turns, the last one
+    alone, or none."""
     limit: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive))
     """Take only the first so many rows."""
 
@@ -119,10 +178,19 @@ class DataConfig:
     """The training sources, `[[data.train]]`."""
     eval: tuple[SourceConfig, ...] = ()
     """The evaluation sources, `[[data.eval]]`."""
+    eval_size: int | float | None = attrs.field(default=None, validator=attrs.validators.optional(count_or_fraction))
+    """Hold out so many training samples, or this fraction of them, drawn by the seed, and evaluate on them; in place of
+    `[[data.eval]]`."""
     max_length: int = attrs.field(default=1024, validator=at_least(2))
-    """Most tokens in a sample."""
-    overlong: Literal["drop", "truncate", "error"] = "drop"
-    """What happens to a sample over `max_length`: it is dropped or its end is cut, and counted, or the run stops."""
+    """Most tokens in a sample, and with `packing` in a row."""
+    overlong: Literal["drop", "truncate", "split", "error"] = "drop"
+    """What happens to a sample over `max_length`: it is dropped, its end is cut, or `completion` text is split into
+    several samples (of other formats it is dropped), and counted; or the run stops."""
+    packing: bool = False
+    """Put several samples into one row of up to `max_length` tokens, each of which attends to itself alone.
+    `batch_size` and `micro_batch_size` then count rows."""
+    pad_to_max_length: bool = False
+    """Pad every batch to `max_length`: shapes never change, which `compile` and some kernels like."""
     shuffle: bool = True
     """Visit the samples in an order drawn from (seed, epoch); otherwise in the order of the files."""
 
@@ -152,8 +220,9 @@ class TrainingConfig:
         default=None, validator=attrs.validators.optional(between(0.0, 1.0, right_open=True))
     )
     """The warm-up as a fraction of all steps, 0.03 when neither is given."""
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-    """AdamW, or AdamW whose moments are stored in 8 bit (bitsandbytes)."""
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
+    """AdamW, or AdamW whose moments are stored in 8 bit (bitsandbytes). The paged ones let the moments move to the CPU's
+    memory when the GPU's is full; they need one."""
     beta1: float = attrs.field(default=0.9, validator=between(0.0, 1.0, right_open=True))
     """Decay of AdamW's first moment."""
     beta2: float = attrs.field(default=0.999, validator=between(0.0, 1.0, right_open=True))
@@ -166,13 +235,16 @@ class TrainingConfig:
     """LoRA+: the learning rate of the B matrices is this many times that of everything else."""
     max_grad_norm: float = attrs.field(default=1.0, validator=positive)
     """Gradients whose norm is larger are scaled down to it; `inf` clips nothing."""
-    activation_checkpointing: bool = False
-    """Recompute each block's activations in the backward pass: less memory, about a third more time."""
+    activation_checkpointing: bool | Literal["offload"] = False
+    """Recompute each block's activations in the backward pass: less memory, about a third more time. `offload` keeps the
+    inputs of the blocks in the CPU's memory besides."""
     compile: bool = False
     """Compile each block with `torch.compile` for training steps. Costs up to minutes at the first step."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute dtype of the base. `auto`: bf16 where the device has fast bf16 arithmetic, otherwise fp32. Adapters and
     optimizer state are always fp32."""
+    tf32: bool = False
+    """Let a GPU compute fp32 matrix products in TF32: faster, with 10 bits of mantissa."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto` takes a GPU when there is one."""
     seed: int = attrs.field(default=42, validator=at_least(0))
@@ -185,6 +257,8 @@ class EvaluationConfig:
 
     every_steps: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive))
     """Evaluate every so many steps."""
+    per_epoch: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive))
+    """Evaluate so many times an epoch, in place of `every_steps`."""
     at_start: bool = False
     """Evaluate before the first step."""
     at_end: bool = True
@@ -205,6 +279,8 @@ class CheckpointConfig:
 
     every_steps: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive))
     """Write a checkpoint every so many steps; one is always written at the end."""
+    per_epoch: int | None = attrs.field(default=None, validator=attrs.validators.optional(positive))
+    """Write so many checkpoints an epoch, in place of `every_steps`."""
     keep: int = attrs.field(default=2, validator=at_least(2))
     """How many checkpoints to keep. At least 2, so that a damaged one has a predecessor."""
 
@@ -241,8 +317,8 @@ class Recipe:
     """`[model]`: the base model."""
     quantization: QuantizationConfig | None = None
     """`[quantization]`: how the frozen base is stored; left out, the base stays as it is."""
-    adapter: AdapterConfig = attrs.field(factory=AdapterConfig)
-    """`[adapter]`: what is trained."""
+    adapter: AdapterConfig
+    """`[adapter]`: what is trained; the header alone takes every default."""
     data: DataConfig
     """`[data]`: what is trained and evaluated on."""
     training: TrainingConfig = attrs.field(factory=TrainingConfig)

@@ -234,6 +234,28 @@ def _list_hook(annotation: Any) -> Any:
     return hook
 
 
+def _dict_hook(annotation: Any) -> Any:
+    member = get_args(annotation)[1]
+
+    def hook(value: Any, _: Any) -> Any:
+        if not isinstance(value, dict):
+            raise WrongType(f"expected a table, found {describe(value)}")
+        if member is Any:
+            return dict(value)
+        structured, errors = {}, []
+        for key, held in value.items():
+            try:
+                structured[key] = _CONVERTER.structure(held, member)
+            except (ValueError, BaseValidationError) as error:
+                error.__notes__ = [*getattr(error, "__notes__", ()), AttributeValidationNote(key, key, member)]
+                errors.append(error)
+        if errors:
+            raise IterableValidationError("values can't be used", errors, dict)
+        return structured
+
+    return hook
+
+
 def _each(values: list[Any], member: Any) -> list[Any]:
     """Structure every value of a list, and say of all that fail at which index they stand."""
     structured, errors = [], []
@@ -258,6 +280,7 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook_func(_is_union, _structure_union)
     converter.register_structure_hook_func(lambda t: get_origin(t) is Literal, _structure_literal)
     converter.register_structure_hook_factory(lambda t: get_origin(t) in (tuple, list), _list_hook)
+    converter.register_structure_hook_factory(lambda t: get_origin(t) is dict, _dict_hook)
     converter.register_structure_hook_factory(attrs.has, _class_hook)
     return converter
 
