@@ -30,8 +30,9 @@ def recipe(folder: Path, text: str = "", *, backend: str = "bnb") -> str:
     """A recipe whose data is there, with lines added at its end."""
     (folder / "train.jsonl").write_text("{}\n")
     path = folder / "recipe.toml"
+    adapter = "" if "[adapter]" in text else "[adapter]\n"
     path.write_text(
         f'[model]\nbase = "builtin:mini"\n[quantization]\nbackend = "{backend}"\n'
-        f'[[data.train]]\npath = "train.jsonl"\nformat = "chat"\n{text}\n'
+        f'[[data.train]]\npath = "train.jsonl"\nformat = "chat"\n{text}\n{adapter}'
     )
     return str(path)

@@ -103,7 +103,13 @@ def test_a_run_trains_over_it(installed, tmp_path):
     assert len(losses(output)) == 2 and all(0 < loss < 10 for loss in losses(output))
     assert (output / "adapter" / "adapter_model.safetensors").is_file()
     resolved = tomli.loads((output / "recipe.toml").read_text())
-    assert resolved["quantization"] == {"backend": "tiny", "skip": [], "weight_dtype": "int4", "group_size": 32}
+    assert resolved["quantization"] == {
+        "backend": "tiny",
+        "skip": [],
+        "experts": True,
+        "weight_dtype": "int4",
+        "group_size": 32,
+    }
 
 
 def blocks() -> dict[str, str]:
@@ -141,7 +147,7 @@ def test_the_recipes_on_the_page_are_right(installed, tmp_path):
     for number, text in enumerate(recipes):
         path = tmp_path / f"recipe-{number}.toml"
         path.write_text(
-            f'[model]\nbase = "builtin:mini"\n{text}[[data.train]]\npath = "train.jsonl"\nformat = "chat"\n'
+            f'[model]\nbase = "builtin:mini"\n{text}[adapter]\n[[data.train]]\npath = "train.jsonl"\nformat = "chat"\n'
         )
         done = quantune_command("check", str(path), PYTHONPATH=installed)
         assert done.returncode == 0, done.stderr

@@ -315,7 +315,7 @@ def test_the_piece_of_recipe_that_is_shown_is_one_that_loads(tmp_path, name, unc
     if uncommented:
         lines = [line.removeprefix("# ") for line in lines if "unset by default" not in line]
     path = tmp_path / "recipe.toml"
-    data = '[model]\nbase = "builtin:mini"\n[[data.train]]\npath = "x.jsonl"\nformat = "chat"\n'
+    data = '[model]\nbase = "builtin:mini"\n[adapter]\n[[data.train]]\npath = "x.jsonl"\nformat = "chat"\n'
     path.write_text("\n".join(lines) + "\n" + data)
     loaded = load_recipe(path, options_of=registry.options_of).recipe.quantization
     assert loaded is not None and loaded.backend == name

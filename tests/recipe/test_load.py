@@ -58,7 +58,15 @@ CASES = [
         None,
     ),
     ("r = 8", 'use_dora = "false"', "QT013", 9, "adapter.use_dora", 'expected true or false, found "false"', None),
-    ('"chat"', '"chatt"', "QT013", 14, "data.train[0].format", 'one of "chat", "instruct", "completion"', None),
+    (
+        '"chat"',
+        '"chatt"',
+        "QT013",
+        14,
+        "data.train[0].format",
+        'one of "chat", "instruct", "alpaca", "completion"',
+        None,
+    ),
     ('"nf4"', '"nf5"', "QT013", 6, "quantization.weight_dtype", '(did you mean "nf4"?)', None),
     ("[model]\n", "adapter = 3\n[model]\n", "QT002", 9, "recipe", "not valid TOML", None),
     ("r = 8", "r = 0", "QT014", 9, "adapter.r", "must be greater than 0, found 0", None),
@@ -85,7 +93,15 @@ CASES = [
     ("r = 8", "use_dora = 1", "QT013", 9, "adapter.use_dora", "expected true or false, found 1", None),
     ("r = 8", "r = 2026-01-01", "QT013", 9, "adapter.r", "expected a whole number, found 2026-01-01 (date)", None),
     ("r = 8", 'modules_to_save = "x"', "QT013", 9, "adapter.modules_to_save", 'list of strings, found "x"', None),
-    ('"chat"', "3", "QT013", 14, "data.train[0].format", 'one of "chat", "instruct", "completion", found 3', None),
+    (
+        '"chat"',
+        "3",
+        "QT013",
+        14,
+        "data.train[0].format",
+        'one of "chat", "instruct", "alpaca", "completion", found 3',
+        None,
+    ),
     ("[[data.train]]", "[data.train]", "QT013", 12, "data.train", "expected a list of tables, found a table", None),
     ("[adapter]", "[[adapter]]", "QT013", 8, "adapter", "expected a table, found a list", None),
     ("[quantization]", "[[quantization]]", "QT013", 4, "quantization", "expected a table, found a list", None),
@@ -196,6 +212,7 @@ def test_toml_nested_too_deeply_is_a_problem_of_the_recipe(tmp_path):
 
 def test_an_empty_recipe_lacks_its_required_sections(tmp_path):
     assert [(p.code, p.where, p.line) for p in problems(write(tmp_path, ""))] == [
+        ("QT010", "adapter", None),
         ("QT010", "data", None),
         ("QT010", "model", None),
     ]

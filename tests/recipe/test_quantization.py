@@ -14,6 +14,8 @@ base = "builtin:mini"
 [quantization]
 {table}
 
+[adapter]
+
 [[data.train]]
 path = "train.jsonl"
 format = "chat"
