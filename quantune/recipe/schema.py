@@ -99,7 +99,7 @@ class AdapterConfig:
     """`all-linear` (every linear layer but the output head), a list of name suffixes (`["q_proj", "v_proj"]`; among
     them `all-linear`), or one regular expression that must match a whole module name."""
     target_parameters: tuple[str, ...] = attrs.field(default=(), validator=patterns)
-    """Weights of fused experts to adapt as well, as suffixes of parameter names, e.g. `["mlp.experts.gate_up_proj"]`."""
+    """Weights of fused experts to adapt as well, as suffixes of their names, e.g. `["mlp.experts.gate_up_proj"]`."""
     start_from: str | None = attrs.field(default=None, validator=attrs.validators.optional(not_empty))
     """An adapter folder whose weights training starts from, relative to the recipe; it must have this table's shape."""
     use_rslora: bool = False
@@ -221,8 +221,8 @@ class TrainingConfig:
     )
     """The warm-up as a fraction of all steps, 0.03 when neither is given."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    """AdamW, or AdamW whose moments are stored in 8 bit (bitsandbytes). The paged ones let the moments move to the CPU's
-    memory when the GPU's is full; they need one."""
+    """AdamW, or AdamW whose moments are stored in 8 bit (bitsandbytes). The paged ones need a GPU and let the
+    moments move to the CPU's memory when the GPU's is full."""
     beta1: float = attrs.field(default=0.9, validator=between(0.0, 1.0, right_open=True))
     """Decay of AdamW's first moment."""
     beta2: float = attrs.field(default=0.999, validator=between(0.0, 1.0, right_open=True))
@@ -236,8 +236,8 @@ class TrainingConfig:
     max_grad_norm: float = attrs.field(default=1.0, validator=positive)
     """Gradients whose norm is larger are scaled down to it; `inf` clips nothing."""
     activation_checkpointing: bool | Literal["offload"] = False
-    """Recompute each block's activations in the backward pass: less memory, about a third more time. `offload` keeps the
-    inputs of the blocks in the CPU's memory besides."""
+    """Recompute each block's activations in the backward pass: less memory, about a third more time. `offload` also
+    keeps the inputs of the blocks in the CPU's memory."""
     compile: bool = False
     """Compile each block with `torch.compile` for training steps. Costs up to minutes at the first step."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
