@@ -123,6 +123,22 @@ def test_windows_line_ends_and_unicode_separators_keep_the_lines():
     assert [locate(text, (key,)) for key in "abc"] == [(1, 1), (3, 1), (6, 1)]
 
 
+def test_inline_tables_over_several_lines_as_toml_1_1_has_them():
+    text = "a = {\n  r = 1,  # r = 0\n  s = [\n    2,\n  ],\n}\nb = 3"
+    assert [locate(text, path) for path in (("a", "r"), ("a", "s", 0), ("b",))] == [(2, 3), (4, 5), (7, 1)]
+
+
+def test_a_table_without_a_header_is_where_it_is_mentioned_first():
+    text = "[a.b]\nr = 1\n[c.d]\n[a.c]\n[c]\n"
+    assert [locate(text, path) for path in (("a",), ("c",))] == [(1, 2), (5, 2)]
+
+
+def test_lists_nested_as_deeply_as_the_parser_takes_them():
+    text = f"a = {'[' * 400}{']' * 400}"
+    tomli.loads(text)
+    assert locate(text, ("a", *[0] * 399)) == (1, 404)
+
+
 def test_in_any_document_every_key_and_value_is_where_it_was_written():
     for seed in range(2000):
         document = Document(seed)
