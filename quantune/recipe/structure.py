@@ -34,6 +34,10 @@ class Finding:
     hint: str | None = None
     origin: str | None = None
     """What set the value, when that was not the file."""
+    other: Path | None = None
+    """Another key that it is about, e.g. the one it contradicts."""
+    other_label: str = ""
+    """What that one says, e.g. `and this says int8`."""
 
     @property
     def where(self) -> str:
@@ -46,6 +50,10 @@ class Finding:
 
 class WrongType(ValueError):
     """A value is not of the type a field has."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 def structure(
@@ -60,7 +68,7 @@ def structure(
     except BaseValidationError as error:
         return None, list(_findings(error, prefix, cls, of, more))
     except (ValueError, TypeError) as error:
-        return None, [Finding(code="QT013", path=prefix, message=str(error))]
+        return None, [Finding(code="QT013", path=prefix, message=str(error), hint=getattr(error, "hint", None))]
 
 
 def _findings(error: BaseException, path: Path, cls: type | None, of: str, more: Sequence[str]) -> list[Finding]:
@@ -80,7 +88,7 @@ def _findings(error: BaseException, path: Path, cls: type | None, of: str, more:
             findings += _findings(member, (*path, *_step(member)), cls, of, more)
         return findings
     code = "QT013" if isinstance(error, WrongType) else "QT014"
-    return [Finding(code=code, path=path, message=str(error))]
+    return [Finding(code=code, path=path, message=str(error), hint=getattr(error, "hint", None))]
 
 
 def _step(error: BaseException) -> Path:
@@ -194,8 +202,8 @@ def _structure_literal(value: Any, annotation: Any) -> Any:
         return value
     names = [one for one in allowed if isinstance(one, str)]
     close = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
-    suggestion = f' (did you mean "{close[0]}"?)' if close else ""
-    raise WrongType(f"expected {_expected(annotation)}, found {describe(value)}{suggestion}")
+    hint = f'did you mean "{close[0]}"?' if close else None
+    raise WrongType(f"expected {_expected(annotation)}, found {describe(value)}", hint)
 
 
 def _class_hook(cls: Any) -> Any:
