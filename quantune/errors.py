@@ -76,7 +76,7 @@ class Problem:
     source_line: str | None = None
     """The text of that line."""
     underline: tuple[int, int] | None = None
-    """Column and length, in characters, of what is wrong: the key or its value; one character at `column` by default."""
+    """Column and length, in characters, of the key or value that is wrong; one character at `column` by default."""
     origin: str | None = None
     """The file, or `--set adapter.r=...`."""
     related: tuple[Place, ...] = ()

@@ -14,7 +14,7 @@ from tomlkit.exceptions import TOMLKitError
 from quantune.backends.description import BackendDescription
 from quantune.backends.discovery import plain
 from quantune.errors import BackendError
-from quantune.recipe.reference import default_words, field_docs, type_words
+from quantune.recipe.reference import default_words, field_docs_if_any, type_words
 from quantune.recipe.structure import structure
 
 DOC_LENGTH = 600
@@ -34,7 +34,7 @@ class Option:
 
 def options_in_words(cls: type) -> tuple[Option, ...]:
     """The keys of an options class."""
-    docs, hints = _docs(cls), _hints(cls)
+    docs, hints = field_docs_if_any(cls), _hints(cls)
     return tuple(
         Option(
             key=field.name,
@@ -106,13 +106,6 @@ def _toml(value: Any) -> str:
         return plain(tomlkit.item(list(value) if isinstance(value, tuple) else value).as_string())
     except (TOMLKitError, TypeError, ValueError):  # nothing that a recipe could say
         return plain(repr(value), 80)
-
-
-def _docs(cls: type) -> dict[str, str]:
-    try:
-        return field_docs(cls)
-    except (OSError, TypeError, ValueError, SyntaxError, AssertionError):  # made in a shell, by `make_class`, compiled
-        return {}
 
 
 def _hints(cls: type) -> dict[str, Any]:

@@ -166,12 +166,13 @@ def _expected(annotation: Any) -> str:
     if get_origin(annotation) in (tuple, list):
         members = {str: "strings", int: "whole numbers", float: "numbers", bool: "booleans"}
         return f"a list of {members.get(get_args(annotation)[0], 'tables')}"
-    if _is_union(annotation):
+    if is_union(annotation):
         return " or ".join(_expected(member) for member in get_args(annotation) if member is not type(None))
     return "a table"
 
 
-def _is_union(annotation: Any) -> bool:
+def is_union(annotation: Any) -> bool:
+    """Whether an annotation is `A | B`."""
     return get_origin(annotation) in (Union, types.UnionType)
 
 
@@ -285,7 +286,7 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(float, _scalar((int, float), "a number", _float))
     converter.register_structure_hook(str, _scalar((str,), "a string"))
     converter.register_structure_hook(bool, _scalar((bool,), "true or false"))
-    converter.register_structure_hook_func(_is_union, _structure_union)
+    converter.register_structure_hook_func(is_union, _structure_union)
     converter.register_structure_hook_func(lambda t: get_origin(t) is Literal, _structure_literal)
     converter.register_structure_hook_factory(lambda t: get_origin(t) in (tuple, list), _list_hook)
     converter.register_structure_hook_factory(lambda t: get_origin(t) is dict, _dict_hook)
