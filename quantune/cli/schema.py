@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-from quantune.backends import registry
-from quantune.backends.discovery import in_words
+from quantune.backends.schemas import installed_schema
 from quantune.cli.console import err, out, warning
-from quantune.errors import BackendError
-from quantune.recipe.json_schema import backend_schema, recipe_schema
 
 
 def schema(
@@ -22,28 +19,13 @@ def schema(
 ) -> None:
     """Write a JSON Schema of the recipe, with the options of every installed backend.
 
-    Editors complete and check recipes with it; docs/editors.md says how.
+    An editor completes and checks a recipe with it whose first line is `#:schema ./recipe.schema.json`.
     """
-    text = schema_text()
+    text, left_out = installed_schema()
+    for reason in left_out:
+        warning(f"left out of the schema: {reason}")
     if output is None:
         out.print(text, markup=False, end="")
-    else:
-        output.write_text(text, encoding="utf-8")
-        err.print(f"[green]wrote[/] {output}", markup=True)
-
-
-def schema_text() -> str:
-    """The schema as JSON; a backend that can't be described is left out with a warning."""
-    backends: dict[str, dict[str, Any]] = {}
-    for found in registry.find():
-        try:
-            description = registry.load_description(found)
-            described = backend_schema(found.name, description.options)
-            json.dumps(described, allow_nan=False)
-        except BackendError as error:
-            warning(f"left out of the schema: {error}")
-        except Exception as error:  # annotations and defaults are the plugin's code and can be anything
-            warning(f'left out of the schema: the options of backend "{found.name}" can\'t be read: {in_words(error)}')
-        else:
-            backends[found.name] = described
-    return json.dumps(recipe_schema(backends), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return
+    output.write_text(text, encoding="utf-8")
+    err.print(f"wrote {escape(str(output))}")
