@@ -5,6 +5,7 @@ Options classes come from anyone: one without docstrings, source or usable annot
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import attrs
@@ -61,6 +62,26 @@ def default_options(description: BackendDescription, weight_dtype: str | None = 
     if said or options is None:
         raise BackendError(f"its default options are refused: {plain('; '.join(said))}")
     return options.resolved() if hasattr(options, "resolved") else options
+
+
+def choose_dtype(description: BackendDescription, asked: str | None) -> str | None:
+    """The weight dtype asked for, or without one the backend's default or first; None for a backend of one format.
+
+    Raises:
+        BackendError: the backend does not have the one asked for.
+    """
+    if asked is None:
+        return _first_dtype(description)
+    if asked in description.weight_dtypes:
+        return asked
+    if not description.weight_dtypes:
+        raise BackendError(f'backend "{description.name}" has one format and takes no weight_dtype, found "{asked}"')
+    listing = ", ".join(f'"{plain(one)}"' for one in description.weight_dtypes)
+    close = difflib.get_close_matches(asked, description.weight_dtypes, n=1)
+    suggestion = f'; did you mean "{plain(close[0])}"?' if close else ""
+    raise BackendError(
+        f'expected one of {listing} as weight_dtype of backend "{description.name}", found "{asked}"{suggestion}'
+    )
 
 
 def snippet(description: BackendDescription) -> str:

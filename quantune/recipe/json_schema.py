@@ -1,7 +1,7 @@
 """A JSON Schema of the recipe, for editors: made from the same classes, docstrings and checks as the parser.
 
-Draft 7 and its plainest constructs, which is what TOML editors (taplo and those built on it) understand. It says of each
-table what may stand in it. Beyond it, and left to `quantune check`, are:
+Draft 7 and its plainest constructs, which is what TOML editors (taplo and those built on it) understand. It says of
+each table what may stand in it. Beyond it, and left to `quantune check`, are:
 
 - contradictions between keys, what a backend's `problems()` says of its options, and the files a recipe names;
 - what older spellings say together, and which of their values mean something;

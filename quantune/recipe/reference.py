@@ -61,6 +61,15 @@ def field_docs_if_any(cls: type) -> dict[str, str]:
         return {}
 
 
+def literal_values(cls: type, key: str) -> tuple[Any, ...]:
+    """The values that a field of an attrs class takes, where its type is a Literal; none where it can't be told."""
+    try:
+        annotation = get_type_hints(cls)[key]
+    except Exception:  # annotations may be a plugin's code: names that exist for a checker only, and anything else
+        return ()
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
+
+
 def render(extra: Mapping[str, type] = MappingProxyType({})) -> str:
     """The whole page; `extra` maps names of backends to their options classes."""
     parts = [INTRODUCTION]

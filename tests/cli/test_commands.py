@@ -20,6 +20,8 @@ import quantune
         ["--version"],
         ["check", QUICKSTART],
         ["check", QUICKSTART, "--json"],
+        ["schema"],
+        ["init", "--help"],
         ["backends", "list"],
         ["backends", "list", "--json"],
         ["backends", "show", "bnb"],

@@ -142,7 +142,9 @@ def test_every_key_has_its_documentation_and_its_default():
     for document, path, cls in tables():
         node = SCHEMA
         for part in path:
-            node = SCHEMA["definitions"]["source"] if part == "train" else node if part == 0 else node["properties"][part]
+            node = (
+                SCHEMA["definitions"]["source"] if part == "train" else node if part == 0 else node["properties"][part]
+            )
         if path == ("quantization",):
             backend = document["quantization"]["backend"]
             (node,) = (branch for branch in node["oneOf"] if branch["title"] == backend)
