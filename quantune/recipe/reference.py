@@ -32,7 +32,9 @@ All problems of a recipe are reported at once, each with its place, what was exp
 exit code is then 2:
 
     recipe.toml:14:1 [adapter.alpa] unknown key "alpa"  QT012
-      did you mean "alpha"?
+       14 | alpa = 32
+          | ^^^^
+          = did you mean "alpha"?
 
 This page is generated from the docstrings in `quantune/recipe/schema.py`.
 """
