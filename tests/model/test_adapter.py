@@ -9,7 +9,7 @@ from support import base_of, quantization
 from transformers import AutoModelForCausalLM
 
 from quantune.errors import ModelError
-from quantune.model import adapter
+from quantune.model import adapter, targets
 from quantune.model.base import skeleton
 from quantune.model.load import load_model
 from quantune.model.lora_layer import QuantLoraLinear
@@ -153,11 +153,11 @@ def test_peft_merges_into_the_packed_weight_and_refuses_to_undo_it(llama):
 )
 def test_targets_that_match_nothing_list_the_linear_layers_there_are(llama, config, message):
     with pytest.raises(ModelError, match=message):
-        adapter.match_targets(skeleton(base_of(llama)), config)
+        targets.match_targets(skeleton(base_of(llama)), config)
 
 
 def test_all_linear_leaves_the_output_head_out(llama):
-    matched = adapter.match_targets(skeleton(base_of(llama)), AdapterConfig())
+    matched = targets.match_targets(skeleton(base_of(llama)), AdapterConfig())
     assert len(matched) == 14 and "lm_head" not in matched
 
 
