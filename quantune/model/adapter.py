@@ -134,7 +134,7 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def build_initialization(model: nn.Module, config: AdapterConfig, *, seed: int) -> Initialization | None:
+def build_initialization(model: PreTrainedModel, config: AdapterConfig, *, seed: int) -> Initialization | None:
     """The initialization that `config` asks for over the layers of `model`, which may be on the meta device."""
     trained_in_full = config.modules_to_save
     names = [

@@ -258,7 +258,7 @@ def _nothing_packed(model: nn.Module, plan: QuantizationPlan) -> str:
 
 
 def _full_precision(model: PreTrainedModel, stacks: bool) -> Iterable[str]:
-    """Names of weights that quantization is about: all large matrices, with `stacks` stacks of them, of whatever module.
+    """Names of weights that quantization is about: all large matrices, and with `stacks` stacks of them, of any module.
 
     Left out are embeddings, the output head, routers, convolutions, and what the architecture keeps in fp32.
     """

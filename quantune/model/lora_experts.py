@@ -42,7 +42,7 @@ class ParamWrapper(DenseParamWrapper):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
             return super().forward(x, *args, **kwargs)
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if base.config._experts_implementation != experts.IMPLEMENTATION:
             raise RuntimeError(
                 f'an adapter on experts needs experts_implementation = "{experts.IMPLEMENTATION}", found '
@@ -53,7 +53,8 @@ class ParamWrapper(DenseParamWrapper):
             return self.base_layer(x, *args, **kwargs)
 
     def _update(self, adapter: str) -> experts.ExpertsUpdate:
-        lora_A, lora_B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        lora_A: Any = self.lora_A[adapter].weight
+        lora_B: Any = self.lora_B[adapter].weight
         lora_A_ERI = lora_A.view(self.num_experts, -1, lora_A.shape[1])
         lora_B_EOR = lora_B.view(len(lora_B), -1, self.num_experts).permute(2, 0, 1).contiguous()
         # unbound at once: the gradient of each taken alone would be as large as all of them

@@ -266,7 +266,7 @@ def quantizable(model: PreTrainedModel, skip: tuple[str, ...]) -> list[str]:
 def quantizable_experts(
     model: PreTrainedModel, skip: tuple[str, ...], wanted: bool = True
 ) -> Iterator[tuple[nn.Module, str, str]]:
-    """The fused experts' weights that a plan with `skip` covers: module, name in it, full name; none unless `wanted`."""
+    """The weights of fused experts that a plan with `skip` covers: module, name in it, full name; if `wanted`."""
     for module_name, module in model.named_modules():
         if not (wanted and experts.is_experts(module)):
             continue

@@ -7,12 +7,12 @@ the name and shape of every tensor; afterwards its tensors are copied.
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+import tomli
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
@@ -58,11 +58,7 @@ def check_start(folder: Path, skeleton: PreTrainedModel, config: AdapterConfig) 
     same_parameters = _covers(skeleton, saved.get("target_parameters") or (), wanted_parameters)
     model = attach(skeleton, config, base_name="", seed=0)
     wanted = _plain(model.peft_config[NAME].to_dict())
-    differing = [
-        key
-        for key in sorted(saved.keys() | wanted.keys())
-        if key not in FREE and (saved.get(key) or None) != (wanted.get(key) or None)
-    ]
+    differing = [key for key in sorted(saved) if key not in FREE and not _same(saved[key], wanted.get(key))]
     if same_parameters:
         differing = [key for key in differing if key != "target_parameters"]
     problems = [_difference(key, saved.get(key), wanted.get(key)) for key in differing]
@@ -84,7 +80,7 @@ def load_start(model: PeftModel, folder: Path) -> None:
         ModelError: they do not fit after all: the folder has changed.
     """
     try:
-        loaded = set_peft_model_state_dict(model, adapter_tensors(folder), adapter_name=NAME)
+        loaded: Any = set_peft_model_state_dict(model, adapter_tensors(folder), adapter_name=NAME)
     except RuntimeError as error:
         raise ModelError(f"[adapter] start_from: the adapter in {folder} does not fit the base: {error}") from error
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -102,9 +98,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     kind = saved.get("peft_type") if isinstance(saved, dict) else None
     if kind != "LORA":
         raise ModelError(
-            f'[adapter] start_from: expected a LoRA adapter in {folder}, found peft_type = {json.dumps(kind)}'
+            f"[adapter] start_from: expected a LoRA adapter in {folder}, found peft_type = {json.dumps(kind)}"
         )
-    return saved
+    return {**_plain(LoraConfig().to_dict()), **saved}  # what an older PEFT did not write has the default
 
 
 def _require_whole_base(folder: Path, saved: Mapping[str, Any]) -> None:
@@ -112,14 +108,14 @@ def _require_whole_base(folder: Path, saved: Mapping[str, Any]) -> None:
     init = saved.get("init_lora_weights", True)
     if init in UNCHANGED_BASE:
         try:  # what a LoftQ adapter of a run says in PEFT's format does not tell; its recipe does
-            recipe = tomllib.loads((folder.parent / "recipe.toml").read_text(encoding="utf-8"))
+            recipe = tomli.loads((folder.parent / "recipe.toml").read_text(encoding="utf-8"))
             init = recipe.get("adapter", {}).get("init", "default")
         except (OSError, ValueError, AttributeError):
             return  # not the adapter of a run
         if init in ("default", *UNCHANGED_BASE):
             return
     raise ModelError(
-        f'[adapter] start_from: the adapter in {folder} began with init = {json.dumps(init)}, so it belongs to a base '
+        f"[adapter] start_from: the adapter in {folder} began with init = {json.dumps(init)}, so it belongs to a base "
         "that a share was taken out of; start from one that began at zero"
     )
 
@@ -129,6 +125,13 @@ def _covers(skeleton: PreTrainedModel, suffixes: Iterable[str], wanted: list[str
         return match_parameters(skeleton, suffixes) == wanted
     except ModelError:  # a weight that this base does not have
         return False
+
+
+def _same(saved: Any, wanted: Any) -> bool:
+    """Whether two values of a configuration say the same, whatever the order of a list and the kind of nothing."""
+    if isinstance(saved, list) and isinstance(wanted, list):
+        return sorted(map(str, saved)) == sorted(map(str, wanted))
+    return (saved or None) == (wanted or None)
 
 
 def _difference(key: str, saved: Any, wanted: Any) -> str:

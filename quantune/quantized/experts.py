@@ -6,8 +6,8 @@ features of one weight, R rank of an update.
 A mixture of experts keeps its weights as 3-D parameters, one slice an expert. Packed, such a parameter keeps its name
 and becomes bytes, shape (experts, bytes of one expert): each expert is a packed weight (out features, in features) of
 its own, whichever way round the architecture stores it, so every backend stores experts. One function, registered
-with transformers, computes all of them, packed or not; only experts that a token was sent to are dequantized. A low-rank
-update of a weight is added expert by expert as well, and never exists in full size.
+with transformers, computes all of them, packed or not; only experts that a token was sent to are dequantized. A
+low-rank update of a weight is added expert by expert as well, and never exists in full size.
 """
 
 from __future__ import annotations
