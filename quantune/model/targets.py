@@ -42,7 +42,7 @@ def match_targets(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
     else:
         matched = _match_list(model, (targets,) if isinstance(targets, str) else targets, linears, taken)
     if not matched and not config.target_parameters:
-        raise ModelError(_no_match(json.dumps(targets), linears))
+        raise ModelError("[adapter] targets is an empty list, and there are no target_parameters: nothing is trained")
     for leaf in sorted({_leaf(name) for name in matched} & taken):
         raise ModelError(
             f'[adapter] targets: PEFT takes "{leaf}" for the fused weights of this architecture\'s experts; leave it '

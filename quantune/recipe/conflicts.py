@@ -177,6 +177,13 @@ def _adapter_parts(adapter: AdapterConfig) -> Iterable[Finding]:
             message=f'init = "{adapter.init}" and start_from both say how the adapter begins',
             hint="remove one of them",
         )
+    if adapter.targets == () and not adapter.target_parameters:
+        yield Finding(
+            code="QT022",
+            path=("adapter", "targets"),
+            message="an empty list of targets covers nothing",
+            hint='use "all-linear", name layers, or name weights of experts in target_parameters',
+        )
     listed = () if isinstance(adapter.targets, str) else adapter.targets
     for name in adapter.modules_to_save:
         if name in listed:

@@ -188,6 +188,13 @@ def test_an_adapter_that_can_not_be_both_is_refused(tmp_path, keys, where, messa
     assert (problem.code, problem.where) == ("QT020", where) and message in problem.message and problem.hint
 
 
+def test_an_empty_list_of_targets_needs_weights_of_experts(tmp_path):
+    text = VALID.replace('["q_proj", "v_proj"]', "[]")
+    (problem,) = problems(write(tmp_path, text))
+    assert (problem.code, problem.where) == ("QT022", "adapter.targets")
+    load(write(tmp_path, text.replace("r = 8", 'r = 8\ntarget_parameters = ["down_proj"]')))
+
+
 def test_a_gaussian_adapter_on_experts_is_no_contradiction(tmp_path):
     keys = 'target_parameters = ["down_proj"]\ninit = "gaussian"'
     load(write(tmp_path, VALID.replace("r = 8", f"r = 8\n{keys}")))
