@@ -78,13 +78,22 @@ def _contradiction(one: Claim, other: Claim) -> Finding | None:
     for denying, denied in ((one, other), (other, one)):
         dtype = denied.means.get("weight_dtype")
         if denied.means.get("backend") == "bnb" and dtype in denying.denies:
-            message = f"{denying.written} rules out bnb's {dtype}, which {denied.written} means"
+            message = f"{denying.written} rules out bnb {dtype}, and {denied.written} means it"
             return _finding(one, other, "weight_dtype", message)
+    for part, whole in ((one, other), (other, one)):
+        if part.needs is not None and isinstance(backend := whole.says.get("backend"), str) and backend != part.needs:
+            return Finding(
+                code="QT124",
+                path=part.path,
+                message=f'{part.written} has settings of backend "{part.needs}", and {_meaning(whole, "backend")}',
+                hint=f'leave it out, or write [quantization] backend = "{part.needs}"',
+                other=whole.place("backend"),
+                other_label=f"says {in_short(whole)}",
+            )
     both = sorted(one.means.keys() & other.means.keys() - {"skip"}, key=_rank)
     for key in both:
         if one.means[key] != other.means[key]:
-            message = f"{_meaning(other, key)}, and {_meaning(one, key)}"
-            return _finding(one, other, key, message)
+            return _finding(one, other, key, f"{_meaning(other, key)}, and {_meaning(one, key)}")
     return None
 
 
@@ -96,16 +105,23 @@ def _finding(one: Claim, other: Claim, key: str, message: str) -> Finding:
         message=message,
         hint=_HINTS.get(code, "keep one of them, best [quantization]"),
         other=one.place(key),
-        other_label=f"says {table_text(one.means, only=('backend', 'weight_dtype', key))}" if one.means else "",
+        other_label=f"says {in_short(one, key)}" if one.means else f"rules out bnb {' and '.join(one.denies)}",
     )
 
 
 def _meaning(claim: Claim, key: str) -> str:
-    text = table_text(claim.means, only=("backend", "weight_dtype", key))
-    by_default = ", by default" if key not in claim.says else ""
-    if claim.means[key] is None:
-        text += f" without {key}"
-    return f"{claim.written} means {text}{by_default}"
+    return f"{claim.written} means {in_short(claim, key)}" + ("" if key in claim.says else " by default")
+
+
+def in_short(claim: Claim, key: str = "backend") -> str:
+    """The format that a claim means, and what it says of `key`: `torchao int8 with group_size = 128`."""
+    means = claim.means
+    words = [str(means[one]) for one in ("backend", "weight_dtype") if means.get(one) is not None]
+    if "backend" not in means:
+        return f"{key} = {toml(means[key])}"
+    if key not in ("backend", "weight_dtype"):
+        words.append(f"without {key}" if means[key] is None else f"with {key} = {toml(means[key])}")
+    return " ".join(words)
 
 
 def _code(one: Claim, other: Claim) -> str:
@@ -164,10 +180,9 @@ def _rank(key: str) -> tuple[int, str]:
     return (_ORDER.index(key) if key in _ORDER else len(_ORDER), str(key))
 
 
-def table_text(table: dict[str, Any], only: Sequence[str] | None = None) -> str:
+def table_text(table: dict[str, Any]) -> str:
     """Keys and values as a recipe has them, on one line."""
-    keys = sorted((key for key in table if table[key] is not None and (only is None or key in only)), key=_rank)
-    return ", ".join(f"{key} = {toml(table[key])}" for key in keys)
+    return ", ".join(f"{key} = {toml(value)}" for key, value in table.items())
 
 
 def toml(value: Any) -> str:

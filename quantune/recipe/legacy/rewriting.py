@@ -71,8 +71,6 @@ def rewrite(document: dict[str, Any]) -> Rewritten:
         agreed = claims if len(findings) == len(reading.findings) else (named[:1] or canonical)
         rest["quantization"] = table = unified(agreed)
         sources.update(_sources(table, agreed))
-        if agreed is claims:
-            findings += _settings_of_others(claims, table.get("backend"), named)
     elif not isinstance(rest.get("quantization"), list | str | int | float):
         findings += _settings_of_nothing(claims)
     findings += _set_precision(rest, reading, sources)
@@ -115,26 +113,11 @@ def _read_canonical(document: dict[str, Any], reading: Reading) -> list[Claim]:
 def _sources(table: dict[str, Any], claims: Sequence[Claim]) -> Iterator[tuple[Path, Path]]:
     """Where the keys of the table come from, and the table itself, where that is not `[quantization]`."""
     if not any(claim.canonical for claim in claims):
-        yield TABLE, claims[0].path
+        yield TABLE, next(claim.path for claim in claims if "backend" in claim.says)
     for key in table:
         claim = next(claim for claim in claims if key in claim.says or (not claim.canonical and key in claim.implied))
         if not claim.canonical:
             yield (*TABLE, key), claim.place(key)
-
-
-def _settings_of_others(claims: Sequence[Claim], backend: Any, named: Sequence[Claim]) -> Iterator[Finding]:
-    """Settings of one backend beside a table of another."""
-    for claim in claims:
-        if claim.needs is not None and backend in BACKENDS and claim.needs != backend:
-            yield Finding(
-                code="QT124",
-                path=claim.path,
-                message=f'{claim.written} has settings of backend "{claim.needs}", and the base is stored with backend '
-                f'"{backend}"',
-                hint=f'leave it out, or write [quantization] backend = "{claim.needs}"',
-                other=named[0].place("backend"),
-                other_label=f'says "{backend}"',
-            )
 
 
 def _settings_of_nothing(claims: Sequence[Claim]) -> Iterator[Finding]:
