@@ -24,8 +24,8 @@ Schema = dict[str, Any]
 
 _FLAG = r"^\s*([Tt][Rr][Uu][Ee]|[Ff][Aa][Ll][Ss][Ee])\s*$"
 """`true` and `false` as strings, in any case."""
-_AND = type(attrs.validators.and_())
-_OPTIONAL = type(attrs.validators.optional(attrs.validators.and_()))
+_AND: type = type(attrs.validators.and_())
+_OPTIONAL: type = type(attrs.validators.optional(attrs.validators.and_()))
 _SCALARS = {int: "integer", float: "number", str: "string", bool: "boolean"}
 _ABOUT = {"pattern": ("string",), "items": ("array",), "minItems": ("array",)}
 """Types of the values that a keyword restricts."""
@@ -160,7 +160,7 @@ def _checks(validator: Any) -> Iterator[Schema]:
     """What the validators of a field accept; attrs' own combinators hold those they are made of."""
     if hasattr(validator, "json_schema"):
         yield validator.json_schema
-    elif isinstance(validator, (_AND, _OPTIONAL)):
+    elif type(validator) in (_AND, _OPTIONAL):
         for held in attrs.astuple(validator, recurse=False):
             for one in held if isinstance(held, tuple | list) else (held,):
                 yield from _checks(one)
