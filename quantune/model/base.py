@@ -23,6 +23,7 @@ from quantune.model import mini
 from quantune.model.adoption import quantization_of, require_same_format
 from quantune.model.configuration import with_values
 from quantune.model.vocabulary import Additions, add_tokens, grow_embeddings
+from quantune.recipe.conflicts import GPU_ATTENTION
 from quantune.recipe.schema import ModelConfig, QuantizationConfig
 
 BUILT_IN = {"builtin:mini": mini.PATH}
@@ -144,7 +145,7 @@ def require_attention(config: ModelConfig, device: torch.device) -> None:
     Raises:
         ModelError: it needs a GPU.
     """
-    if device.type == "cpu" and config.attn_implementation in ("flex_attention", *ATTENTION_PACKAGES):
+    if device.type == "cpu" and config.attn_implementation in GPU_ATTENTION:
         raise ModelError(
             f'[model] attn_implementation = "{config.attn_implementation}" trains on a GPU only, and this run is on a '
             'CPU; use "auto", "sdpa" or "eager"'

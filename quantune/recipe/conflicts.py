@@ -160,6 +160,10 @@ def _periods(evaluation: EvaluationConfig, checkpoint: CheckpointConfig) -> Iter
             yield Finding(code="QT020", path=(section, "per_epoch"), message=message, hint="remove one of them")
 
 
+GPU_ATTENTION = ("flash_attention_2", "flash_attention_3", "flex_attention")
+"""Implementations of attention that train on a GPU only."""
+
+
 def _on_a_cpu(training: TrainingConfig, model: ModelConfig) -> Iterable[Finding]:
     if training.device != "cpu":
         return
@@ -173,7 +177,7 @@ def _on_a_cpu(training: TrainingConfig, model: ModelConfig) -> Iterable[Finding]
         ),
         (
             ("model", "attn_implementation"),
-            model.attn_implementation.startswith("fl"),
+            model.attn_implementation in GPU_ATTENTION,
             f'attn_implementation = "{model.attn_implementation}"',
         ),
     )
