@@ -45,7 +45,9 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Addit
     Raises:
         ModelError: the tokenizer frames texts with a token of its own in a way that can't be changed.
     """
-    special = config.special_tokens
+    special, multiple = config.special_tokens, config.pad_vocabulary_to_multiple_of or 1
+    if special == SpecialTokensConfig() and not config.added_tokens:
+        return Additions(multiple=multiple)
     roles = {role: getattr(special, role) for role in ROLES if getattr(special, role) is not None}
     before = set(tokenizer.get_vocab())
     replaced = {getattr(tokenizer, role): token for role, token in roles.items() if role in ("bos_token", "eos_token")}
@@ -58,7 +60,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Addit
     return Additions(
         tokens=tuple(sorted(new.keys() - _only_padding(special, config.added_tokens), key=new.__getitem__)),
         rows=max(new.values(), default=-1) + 1,
-        multiple=config.pad_vocabulary_to_multiple_of or 1,
+        multiple=multiple,
     )
 
 
@@ -69,6 +71,8 @@ def grow_embeddings(model: PreTrainedModel, additions: Additions) -> None:
     Raises:
         ModelError: the architecture's embeddings can't grow.
     """
+    if additions == Additions():
+        return
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     present, head_rows = embedding.weight.shape[0], 0 if head is None else head.weight.shape[0]

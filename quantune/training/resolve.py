@@ -25,7 +25,7 @@ def resolve(recipe: Recipe, *, device: torch.device, sample_count: int, longest:
         longest: tokens of the longest training sample.
 
     Raises:
-        InputError: the warm-up does not end within the run.
+        InputError: the warm-up does not end within the run, or no evaluation comes up in it.
     """
     training = recipe.training
     total = total_steps(training, sample_count)
@@ -33,6 +33,14 @@ def resolve(recipe: Recipe, *, device: torch.device, sample_count: int, longest:
         raise InputError(
             f"[training] a warm-up of {training.warmup_steps} steps does not end within the run's {total} steps "
             f"({sample_count} samples, {training.batch_size} a step); lower warmup_steps, or raise epochs or max_steps"
+        )
+    evaluation = _every_steps(recipe.evaluation, sample_count / training.batch_size)
+    never = evaluation.every_steps is None or evaluation.every_steps >= total
+    if recipe.data.eval and never and not (evaluation.at_start or evaluation.at_end):
+        every = "no every_steps" if evaluation.every_steps is None else f"every_steps = {evaluation.every_steps}"
+        raise InputError(
+            f"[[data.eval]] is never evaluated in a run of {total} steps with {every}, at_start = false and at_end = "
+            "false in [evaluation]; set one of them, or remove [[data.eval]]"
         )
     micro, checkpointing = training.micro_batch_size, training.activation_checkpointing
     return attrs.evolve(
@@ -49,7 +57,7 @@ def resolve(recipe: Recipe, *, device: torch.device, sample_count: int, longest:
             precision=choose_precision(training.precision, device),
             device="cuda" if device.type == "cuda" else "cpu",
         ),
-        evaluation=_every_steps(recipe.evaluation, sample_count / training.batch_size),
+        evaluation=evaluation,
         checkpoint=_every_steps(recipe.checkpoint, sample_count / training.batch_size),
         distributed=attrs.evolve(recipe.distributed, threads=torch.get_num_threads()),
     )

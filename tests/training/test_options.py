@@ -25,6 +25,7 @@ from quantune.recipe.schema import (
     SourceConfig,
     TrainingConfig,
 )
+from quantune.training.answer import answer
 from quantune.training.loss import build_loss
 from quantune.training.optimizer import build_optimizer, set_learning_rate
 from quantune.training.resolve import resolve, without_effect
@@ -68,6 +69,27 @@ def test_a_warm_up_longer_than_the_run_is_refused_with_the_numbers():
     with pytest.raises(InputError, match=r"warm-up of 30 steps .* the run's 25 steps \(100 samples, 4 a step\)"):
         resolve(recipe(warmup_steps=30), device=CPU, sample_count=100, longest=10)
     assert resolve(recipe(warmup_steps=24), device=CPU, sample_count=100, longest=10).training.warmup_steps == 24
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [({}, "no every_steps"), ({"every_steps": 25}, "every_steps = 25"), ({"per_epoch": 1}, "steps = 25")],
+)
+def test_evaluation_data_that_no_evaluation_comes_up_for_is_refused(keys, said):
+    made = recipe(epochs=1.0)
+    made = attrs.evolve(made, data=attrs.evolve(made.data, eval=(NOWHERE,)))
+    never = attrs.evolve(made, evaluation=EvaluationConfig(at_end=False, **keys))
+    with pytest.raises(InputError, match=rf"never evaluated in a run of 25 steps with .*{said}"):
+        resolve(never, device=CPU, sample_count=100, longest=10)
+    for more in ({"at_end": True}, {"at_start": True}, {"every_steps": 24, "per_epoch": None}):
+        fine = attrs.evolve(never, evaluation=attrs.evolve(never.evaluation, **more))
+        assert resolve(fine, device=CPU, sample_count=100, longest=10).evaluation.per_epoch is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_run_of_a_gpu_answers_on_a_cpu_with_the_attention_there_is():
+    made = recipe(model={"attn_implementation": "flash_attention_3"}, device="cuda", precision="fp32")
+    assert len(answer(made, None, ["March"], max_new_tokens=1)) == 1
 
 
 def test_a_resolved_recipe_resolves_to_itself():
