@@ -215,12 +215,56 @@ def _model_config(model: ModelConfig) -> Iterable[Finding]:
                 tables.append(((*path, key), value))
 
 
+def _adapter_parts(adapter: AdapterConfig) -> Iterable[Finding]:
+    """What PEFT's adapters on weights of experts can't be, and what is said twice."""
+    if adapter.target_parameters:
+        if adapter.use_dora:
+            yield Finding(
+                code="QT020",
+                path=("adapter", "use_dora"),
+                message="use_dora trains the magnitudes of linear layers' rows, which target_parameters don't have",
+                hint="leave out one of them",
+            )
+        if adapter.init not in ("default", "gaussian"):
+            yield Finding(
+                code="QT020",
+                path=("adapter", "init"),
+                message=f'init = "{adapter.init}" begins with a share of linear layers\' weights, which '
+                "target_parameters can't",
+                hint='use init = "default" or leave target_parameters out',
+            )
+    if adapter.start_from is not None and adapter.init != "default":
+        yield Finding(
+            code="QT020",
+            path=("adapter", "init"),
+            message=f'init = "{adapter.init}" and start_from both say how the adapter begins',
+            hint="remove one of them",
+        )
+    if adapter.targets == () and not adapter.target_parameters:
+        yield Finding(
+            code="QT022",
+            path=("adapter", "targets"),
+            message="an empty list of targets covers nothing",
+            hint='use "all-linear", name layers, or name weights of experts in target_parameters',
+        )
+    listed = () if isinstance(adapter.targets, str) else adapter.targets
+    for name in adapter.modules_to_save:
+        if name in listed:
+            yield Finding(
+                code="QT020",
+                path=("adapter", "modules_to_save"),
+                message=f'"{name}" is trained in full by modules_to_save and adapted by targets',
+                hint="name it in one of them",
+            )
+
+
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
     (("training",), _training),
     (("evaluation", "data"), _evaluation),
     (("data",), _sources),
     (("model",), _model),
     (("adapter",), _adapter),
+    (("adapter",), _adapter_parts),
     (("adapter", "quantization"), _loftq),
     (("evaluation", "checkpoint"), _periods),
     (("training", "model"), _on_a_cpu),

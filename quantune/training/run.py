@@ -19,14 +19,14 @@ from quantune.checkpoint.run_folder import RunFolder
 from quantune.checkpoint.state import load_state, save_state
 from quantune.data import dataset as data
 from quantune.errors import CheckpointError, InterruptedRun
-from quantune.model import adapter
+from quantune.model import adapter, targets
 from quantune.model.activations import offloading, recompute_blocks
-from quantune.model.adoption import kept_modules
 from quantune.model.base import Base, open_base, require_attention, skeleton
 from quantune.model.compilation import compile_blocks, require_compiler, suspended
 from quantune.model.device import DTYPES, choose_device, tf32
 from quantune.model.initialization import Initialization
 from quantune.model.load import check_plan, load_model, module_table, packed_fingerprint
+from quantune.model.start import check_start, load_start
 from quantune.recipe.resolve import to_dict, to_toml
 from quantune.recipe.schema import Recipe
 from quantune.training.evaluate import evaluate
@@ -75,11 +75,15 @@ def train(
     observer.phase("opening the base")
     base = open_base(recipe.model, recipe.quantization, allow_remote_code=allow_remote_code)
     meta = skeleton(base)
-    adapter.match_targets(meta, recipe.adapter)
-    adapter.require_trained_tokens(meta, base.additions, recipe.adapter)
+    targets.match_targets(meta, recipe.adapter)
+    targets.match_parameters(meta, recipe.adapter.target_parameters)
+    targets.require_trained_tokens(meta, base.additions, recipe.adapter)
     if recipe.quantization is not None:
-        check_plan(meta, recipe.quantization, device, () if base.stored is None else kept_modules(base.stored))
-    beside = adapter.left_out(meta) if recipe.adapter.targets == "all-linear" else []
+        check_plan(meta, recipe.quantization, device, base.stored)
+        targets.require_packed_target(meta, recipe.adapter, recipe.quantization, base.stored)
+    if recipe.adapter.start_from is not None:
+        check_start(Path(recipe.adapter.start_from), skeleton(base), recipe.adapter)
+    beside = targets.left_out(meta) if targets.takes_all_linear(recipe.adapter) else []
     if beside:
         observer.warning(
             f"all-linear leaves out {len(beside)} linear layers beside the experts, e.g. {beside[0]}: PEFT takes their "
@@ -209,6 +213,8 @@ def _load(
     peft_model = adapter.attach(
         model, recipe.adapter, base_name=base.source, seed=recipe.training.seed, initialization=split
     )
+    if recipe.adapter.start_from is not None:
+        load_start(peft_model, Path(recipe.adapter.start_from))
     summary = ModelSummary(
         base=base.name,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -231,6 +237,8 @@ def _fingerprints(recipe: Recipe, base: Base, dataset: data.Dataset) -> dict[str
         prints["the files of the base"] = hash_files(base.folder.glob("*.safetensors"))
     else:
         prints["the revision of the base"] = getattr(base.config, "_commit_hash", None)
+    if recipe.adapter.start_from is not None:
+        prints["the adapter that training starts from"] = hash_files(Path(recipe.adapter.start_from).glob("adapter_*"))
     return prints
 
 

@@ -8,7 +8,7 @@ from tokenizers import processors
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM
 
 from quantune.errors import ModelError
-from quantune.model import adapter, mini
+from quantune.model import adapter, mini, targets
 from quantune.model.base import open_base, skeleton
 from quantune.model.load import load_model
 from quantune.model.vocabulary import Additions, add_tokens
@@ -145,7 +145,7 @@ def test_the_skeleton_grows_too_and_the_checkpoints_configuration_stays(tied_lla
 def test_new_tokens_whose_embeddings_nothing_trains_are_refused_with_the_modules_to_train(llama, saved, wanted):
     base = attrs.evolve(base_of(llama), additions=Additions(tokens=("<a>", "<b>"), rows=322))
     with pytest.raises(ModelError) as caught:
-        adapter.require_trained_tokens(skeleton(base), base.additions, AdapterConfig(modules_to_save=saved))
+        targets.require_trained_tokens(skeleton(base), base.additions, AdapterConfig(modules_to_save=saved))
     assert "<a>, <b>" in str(caught.value)
     assert f"modules_to_save = {wanted}" in str(caught.value)
 
@@ -153,10 +153,10 @@ def test_new_tokens_whose_embeddings_nothing_trains_are_refused_with_the_modules
 def test_new_tokens_are_trained_by_both_modules_or_by_either_of_tied_ones(llama, tied_llama):
     new = Additions(tokens=("<a>",), rows=321)
     both = AdapterConfig(modules_to_save=("lm_head", "model.embed_tokens"))
-    adapter.require_trained_tokens(skeleton(base_of(llama)), new, both)
+    targets.require_trained_tokens(skeleton(base_of(llama)), new, both)
     for module in ("lm_head", "embed_tokens"):
-        adapter.require_trained_tokens(skeleton(base_of(tied_llama)), new, AdapterConfig(modules_to_save=(module,)))
-    adapter.require_trained_tokens(
+        targets.require_trained_tokens(skeleton(base_of(tied_llama)), new, AdapterConfig(modules_to_save=(module,)))
+    targets.require_trained_tokens(
         skeleton(base_of(llama)), Additions(rows=400), AdapterConfig()
     )  # rows without tokens
 
@@ -165,7 +165,7 @@ def test_a_row_that_the_embedding_had_to_spare_must_be_trained_as_well(llama):
     new = Additions(tokens=("<a>",), rows=301)
     assert new.rows_of(320) == 320
     with pytest.raises(ModelError, match="embed_tokens"):
-        adapter.require_trained_tokens(skeleton(base_of(llama)), new, AdapterConfig())
+        targets.require_trained_tokens(skeleton(base_of(llama)), new, AdapterConfig())
 
 
 def test_either_module_of_tied_embeddings_trains_the_embedding_and_the_head(tied_llama):

@@ -215,3 +215,29 @@ def test_what_quantune_decides_can_not_be_replaced_in_the_bases_configuration(tm
         ("QT180", "model.config.text_config.quantization_config", VALID.count("\n") + 5),
     ]
     assert all(problem.hint for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("keys", "where", "message"),
+    [
+        ('target_parameters = ["down_proj"]\nuse_dora = true', "adapter.use_dora", "target_parameters don't have"),
+        ('target_parameters = ["down_proj"]\ninit = "pissa"', "adapter.init", "target_parameters can't"),
+        ('start_from = "a"\ninit = "gaussian"', "adapter.init", "both say how the adapter begins"),
+        ('modules_to_save = ["norm", "q_proj"]', "adapter.modules_to_save", '"q_proj" is trained in full'),
+    ],
+)
+def test_an_adapter_that_can_not_be_both_is_refused(tmp_path, keys, where, message):
+    (problem,) = problems(write(tmp_path, VALID.replace("r = 8", f"r = 8\n{keys}")))
+    assert (problem.code, problem.where) == ("QT020", where) and message in problem.message and problem.hint
+
+
+def test_an_empty_list_of_targets_needs_weights_of_experts(tmp_path):
+    text = VALID.replace('["q_proj", "v_proj"]', "[]")
+    (problem,) = problems(write(tmp_path, text))
+    assert (problem.code, problem.where) == ("QT022", "adapter.targets")
+    load(write(tmp_path, text.replace("r = 8", 'r = 8\ntarget_parameters = ["down_proj"]')))
+
+
+def test_a_gaussian_adapter_on_experts_is_no_contradiction(tmp_path):
+    keys = 'target_parameters = ["down_proj"]\ninit = "gaussian"'
+    load(write(tmp_path, VALID.replace("r = 8", f"r = 8\n{keys}")))
