@@ -33,6 +33,7 @@ limit = 4
 max_steps = 8
 batch_size = 4
 learning_rate = 1e-3
+precision = "fp32"
 
 [evaluation]
 every_steps = 3
