@@ -23,7 +23,8 @@ def toml_problem(error: tomli.TOMLDecodeError, text: str, path: Path) -> Problem
     lines = positions.lines_of(text)
     rest = lines[error.lineno - 1][error.colno - 1 :] if error.lineno <= len(lines) else ""
     line, column, length = error.lineno, error.colno, 1
-    message, hint, related = f"{error.msg[0].lower()}{error.msg[1:]}", None, ()
+    message, hint = f"{error.msg[0].lower()}{error.msg[1:]}", None
+    related: tuple[Place, ...] = ()
     if error.msg.startswith(("Cannot overwrite", "Cannot declare")):
         repeated = positions.last_repeated(error.doc[: error.pos])
         if repeated is not None:
