@@ -30,6 +30,7 @@ from quantune.model.quantizer import (
     quantizable_experts,
     shape_problem,
 )
+from quantune.model.vocabulary import grow_embeddings
 from quantune.quantized import experts
 from quantune.quantized.linear import QuantLinear, WeightFormat
 from quantune.recipe.schema import QuantizationConfig
@@ -102,6 +103,7 @@ def load_model(
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
         raise ModelError(f"{base.name} lacks weights of its own architecture: {missing}. Fetch the checkpoint again")
+    grow_embeddings(model, base.additions)
     model.requires_grad_(False)
     model.eval()
     if quantization is not None:

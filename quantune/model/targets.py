@@ -17,6 +17,7 @@ from quantune.errors import ModelError
 from quantune.model.adoption import kept_modules
 from quantune.model.load import linear_layers
 from quantune.model.quantizer import packable
+from quantune.model.vocabulary import Additions
 from quantune.quantized import experts
 from quantune.recipe.schema import AdapterConfig, QuantizationConfig
 
@@ -180,6 +181,32 @@ def peft_targets(model: PreTrainedModel, config: AdapterConfig) -> list[str]:
         return list(listed)
     beside = set(_beside(model))
     return sorted({_leaf(name) for name in matched if name not in beside} | {*listed} - {ALL_LINEAR})
+
+
+def require_trained_tokens(model: PreTrainedModel, additions: Additions, config: AdapterConfig) -> None:
+    """Require that an adapter trains the rows of added tokens: untrained, they mean nothing to the model.
+
+    That holds for rows that an embedding had to spare as well. `model` may be on the meta device.
+
+    Raises:
+        ModelError: it does not; names the tokens, and the modules to train.
+    """
+    if not additions.tokens:
+        return
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head is None or head.weight is embedding.weight
+    names = [name for name, module in model.named_modules() if module is embedding or (module is head and not tied)]
+    either = [name for name, module in model.named_modules() if module is embedding or module is head]
+    trained = {name for name in either if any(has_suffix(name, saved) for saved in config.modules_to_save)}
+    if trained and (tied or trained.issuperset(names)):
+        return
+    wanted = dict.fromkeys([*config.modules_to_save, *(_leaf(name) for name in names if name not in trained)])
+    shown = ", ".join(additions.tokens[:5])
+    more = f" and {len(additions.tokens) - 5} more" if len(additions.tokens) > 5 else ""
+    raise ModelError(
+        f"[model] adds tokens that the vocabulary lacks ({shown}{more}), and nothing trains their embeddings: set "
+        f"[adapter] modules_to_save = {json.dumps([*wanted])}, or leave the tokens out"
+    )
 
 
 def has_suffix(name: str, suffix: str) -> bool:

@@ -12,6 +12,7 @@ import attrs
 
 from quantune.recipe.schema import (
     AdapterConfig,
+    CheckpointConfig,
     DataConfig,
     EvaluationConfig,
     ModelConfig,
@@ -77,7 +78,7 @@ def _divisors_in_words(number: int, shown: int = 12) -> str:
 
 def _evaluation(evaluation: EvaluationConfig, data: DataConfig) -> Iterable[Finding]:
     if not data.eval:
-        for key in ("at_start", "every_steps", "exact_match"):
+        for key in ("at_start", "every_steps", "per_epoch", "exact_match"):
             if getattr(evaluation, key):
                 message = f"{key} asks for an evaluation, and there is nothing to evaluate on"
                 yield Finding(code="QT022", path=("evaluation", key), message=message, hint="add [[data.eval]]")
@@ -152,6 +153,68 @@ def _adapter(adapter: AdapterConfig) -> Iterable[Finding]:
         yield Finding(code="QT021", path=("adapter", "loftq_iterations"), message=message)
 
 
+def _periods(evaluation: EvaluationConfig, checkpoint: CheckpointConfig) -> Iterable[Finding]:
+    for section, config in (("evaluation", evaluation), ("checkpoint", checkpoint)):
+        if config.every_steps is not None and config.per_epoch is not None:
+            message = "per_epoch and every_steps both say how often"
+            yield Finding(code="QT020", path=(section, "per_epoch"), message=message, hint="remove one of them")
+
+
+GPU_ATTENTION = ("flash_attention_2", "flash_attention_3", "flex_attention")
+"""Implementations of attention that train on a GPU only."""
+
+
+def _on_a_cpu(training: TrainingConfig, model: ModelConfig) -> Iterable[Finding]:
+    if training.device != "cpu":
+        return
+    gpu_only: tuple[tuple[tuple[str, str], bool, str], ...] = (
+        (("training", "optimizer"), training.optimizer.startswith("paged"), f'optimizer = "{training.optimizer}"'),
+        (("training", "tf32"), training.tf32, "tf32 = true"),
+        (
+            ("training", "activation_checkpointing"),
+            training.activation_checkpointing == "offload",
+            'activation_checkpointing = "offload"',
+        ),
+        (
+            ("model", "attn_implementation"),
+            model.attn_implementation in GPU_ATTENTION,
+            f'attn_implementation = "{model.attn_implementation}"',
+        ),
+    )
+    for path, chosen, text in gpu_only:
+        if chosen:
+            message = f'{text} is for a GPU, and [training] device = "cpu" trains on none'
+            yield Finding(code="QT021", path=path, message=message, hint="remove one of them")
+
+
+FIXED_CONFIG = {
+    "architectures": "the checkpoint decides it",
+    "auto_map": "the checkpoint decides it",
+    "model_type": "the checkpoint decides it",
+    "quantization_config": "say how the base is stored in [quantization]",
+    "vocab_size": "grow it with [model] added_tokens or pad_vocabulary_to_multiple_of",
+    "bos_token_id": "name the token in [model.special_tokens]",
+    "eos_token_id": "name the token in [model.special_tokens]",
+    "pad_token_id": "name the token in [model.special_tokens]",
+    "attn_implementation": "choose it with [model] attn_implementation",
+    "_attn_implementation": "choose it with [model] attn_implementation",
+    "dtype": "choose it with [training] precision",
+    "torch_dtype": "choose it with [training] precision",
+}
+"""Values of a `config.json` that a recipe can't replace, and what to do instead."""
+
+
+def _model_config(model: ModelConfig) -> Iterable[Finding]:
+    tables: list[tuple[tuple[str, ...], dict[str, Any]]] = [(("model", "config"), model.config)]
+    for path, table in tables:
+        for key, value in table.items():
+            if key in FIXED_CONFIG:
+                message = f"{key} of the base's config.json can't be replaced"
+                yield Finding(code="QT180", path=(*path, key), message=message, hint=FIXED_CONFIG[key])
+            elif isinstance(value, dict):
+                tables.append(((*path, key), value))
+
+
 def _adapter_parts(adapter: AdapterConfig) -> Iterable[Finding]:
     """What PEFT's adapters on weights of experts can't be, and what is said twice."""
     if adapter.target_parameters:
@@ -203,4 +266,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
     (("adapter",), _adapter),
     (("adapter",), _adapter_parts),
     (("adapter", "quantization"), _loftq),
+    (("evaluation", "checkpoint"), _periods),
+    (("training", "model"), _on_a_cpu),
+    (("model",), _model_config),
 )

@@ -24,12 +24,11 @@ Schema = dict[str, Any]
 
 _FLAG = r"^\s*([Tt][Rr][Uu][Ee]|[Ff][Aa][Ll][Ss][Ee])\s*$"
 """`true` and `false` as strings, in any case."""
-_AND = type(attrs.validators.and_())
-_OPTIONAL = type(attrs.validators.optional(attrs.validators.and_()))
+_AND: type = type(attrs.validators.and_())
+_OPTIONAL: type = type(attrs.validators.optional(attrs.validators.and_()))
 _SCALARS = {int: "integer", float: "number", str: "string", bool: "boolean"}
 _ABOUT = {"pattern": ("string",), "items": ("array",), "minItems": ("array",)}
 """Types of the values that a keyword restricts."""
-_SOURCE: Schema = {"$ref": "#/definitions/source"}
 
 
 def recipe_schema(backends: Mapping[str, Schema]) -> Schema:
@@ -37,20 +36,23 @@ def recipe_schema(backends: Mapping[str, Schema]) -> Schema:
     schema = {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "A recipe of quantune",
-        "definitions": {"source": _table(SourceConfig)},
+        "definitions": {
+            "source": _table(SourceConfig),
+            **{f"quantization.{name}": branch for name, branch in backends.items()},
+        },
         **_table(Recipe),
     }
-    quantization = {
-        "type": "object",
-        "properties": {"backend": {"type": "string", "enum": list(backends)}},
-        "required": ["backend"],
-        "oneOf": list(backends.values()),
-    }
     properties = schema["properties"]
-    properties["quantization"] = {"description": properties["quantization"]["description"], **quantization}
+    properties["quantization"] = {
+        "description": properties["quantization"]["description"],
+        "type": "object",
+        "properties": _keys_of_any(backends),
+        "required": ["backend"],
+        **_chosen(list(backends)),
+    }
     for name in ("train", "eval"):
-        properties["data"]["properties"][name]["items"] = _SOURCE
-    _add_older_spellings(properties)
+        properties["data"]["properties"][name]["items"] = {"$ref": "#/definitions/source"}
+    _add_older_spellings(properties, schema["definitions"])
     return schema
 
 
@@ -62,10 +64,47 @@ def backend_schema(name: str, options: type) -> Schema:
     own, more = _table(QuantizationConfig), _table(options)
     backend = {"type": "string", "enum": [name], "description": own["properties"].pop("backend")["description"]}
     return {
-        "title": name,
         **more,
         "properties": {"backend": backend, **more["properties"], **own["properties"]},
         "required": ["backend", *more.get("required", ())],
+    }
+
+
+def _keys_of_any(backends: Mapping[str, Schema]) -> Schema:
+    """What editors show and complete under `[quantization]`: they don't look into conditions."""
+    keys: dict[str, list[tuple[str, Schema]]] = {}
+    for name, branch in backends.items():
+        for key, schema in branch["properties"].items():
+            keys.setdefault(key, []).append((name, schema))
+    return {key: _either(owners) for key, owners in keys.items()}
+
+
+def _either(owners: list[tuple[str, Schema]]) -> Schema:
+    """One key of several backends: any of their values, and each one's documentation."""
+    schemas = [schema for _, schema in owners]
+    if all(schema == schemas[0] for schema in schemas):
+        return schemas[0]
+    docs = {schema.get("description", ""): None for schema in schemas}
+    if len(docs) > 1:
+        docs = {f"{name}: {schema.get('description', '')}": None for name, schema in owners}
+    plain = [{key: schema[key] for key in schema if key not in ("description", "default")} for schema in schemas]
+    if all(schema.keys() == {"type", "enum"} and schema["type"] == "string" for schema in plain):
+        values = dict.fromkeys(value for schema in plain for value in schema["enum"])
+        return {"type": "string", "enum": list(values), "description": "\n\n".join(docs)}
+    different = [schema for index, schema in enumerate(plain) if schema not in plain[:index]]
+    either = different[0] if len(different) == 1 else {"anyOf": different}
+    return {**either, "description": "\n\n".join(docs)}
+
+
+def _chosen(names: list[str]) -> Schema:
+    """The chosen backend decides: conditions, as what a `oneOf` says when nothing fits names no key."""
+    if not names:
+        return {}
+    first, *others = names
+    return {
+        "if": {"properties": {"backend": {"enum": [first]}}, "required": ["backend"]},
+        "then": {"$ref": f"#/definitions/quantization.{first}"},
+        **({"else": _chosen(others)} if others else {}),
     }
 
 
@@ -92,6 +131,8 @@ def _key(field: Any, annotation: Any, doc: str) -> Schema:
     default = list(field.default) if isinstance(field.default, tuple) else field.default
     if isinstance(default, bool | int | float | str | list):
         schema["default"] = default
+    if schema.get("type") == "number" and not schema.keys() & {"maximum", "exclusiveMaximum", "anyOf"}:
+        schema["type"] = ["number", "null"]  # taplo's editors see `inf` as null, which nothing else is in TOML
     return {**schema, "description": doc} if doc else schema
 
 
@@ -119,7 +160,7 @@ def _checks(validator: Any) -> Iterator[Schema]:
     """What the validators of a field accept; attrs' own combinators hold those they are made of."""
     if hasattr(validator, "json_schema"):
         yield validator.json_schema
-    elif isinstance(validator, (_AND, _OPTIONAL)):
+    elif type(validator) in (_AND, _OPTIONAL):
         for held in attrs.astuple(validator, recurse=False):
             for one in held if isinstance(held, tuple | list) else (held,):
                 yield from _checks(one)
@@ -145,7 +186,7 @@ def _and(schema: Schema, keywords: Mapping[str, Any]) -> Schema:
 # Older spellings, which `quantune.recipe.legacy` rewrites -------------------------------------------------------------
 
 
-def _add_older_spellings(properties: Schema) -> None:
+def _add_older_spellings(properties: Schema, definitions: Schema) -> None:
     """Accept what is understood and should be written otherwise, marked as deprecated."""
     nf4 = '[quantization] backend = "bnb", weight_dtype = "nf4"'
     flag = {"anyOf": [{"type": "boolean"}, {"type": "string", "pattern": _FLAG}]}
@@ -172,10 +213,10 @@ def _add_older_spellings(properties: Schema) -> None:
         ("quantize_moe_experts", flag, "[quantization] experts = true"),
     ):
         properties[key] = {**schema, **_deprecated(now)}
-    for backend in properties["quantization"]["oneOf"]:
-        if backend["title"] in ("mxfp4", "fp8"):
-            now = "the options of the backend, and modules_to_not_convert as skip"
-            backend["properties"]["config_kwargs"] = {**table, **_deprecated(now)}
+    now = "the options of the backend, and modules_to_not_convert as skip"
+    for name in ("mxfp4", "fp8"):
+        if f"quantization.{name}" in definitions:
+            definitions[f"quantization.{name}"]["properties"]["config_kwargs"] = {**table, **_deprecated(now)}
 
 
 def _deprecated(now: str) -> Schema:

@@ -146,8 +146,7 @@ def test_every_key_has_its_documentation_and_its_default():
                 SCHEMA["definitions"]["source"] if part == "train" else node if part == 0 else node["properties"][part]
             )
         if path == ("quantization",):
-            backend = document["quantization"]["backend"]
-            (node,) = (branch for branch in node["oneOf"] if branch["title"] == backend)
+            node = SCHEMA["definitions"][f"quantization.{document['quantization']['backend']}"]
         for field in attrs.fields(cls):
             if field.name == "options":
                 continue
