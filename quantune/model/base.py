@@ -20,6 +20,7 @@ from transformers import (
 from quantune.errors import ModelError
 from quantune.model import mini
 from quantune.model.adoption import quantization_of, require_same_format
+from quantune.recipe.chat_templates import template_path
 from quantune.recipe.schema import ModelConfig, QuantizationConfig
 
 BUILT_IN = {"builtin:mini": mini.PATH}
@@ -91,7 +92,7 @@ def open_base(
         require_same_format(config.base, stored, quantization)
         del hf_config.quantization_config  # or transformers would load it in its own way
     if config.chat_template is not None:
-        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = template_path(config.chat_template).read_text(encoding="utf-8")
     return Base(
         name=config.base,
         source=source,

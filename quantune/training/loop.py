@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
+from typing import Any
 
 import attrs
 import torch
@@ -26,6 +27,7 @@ from quantune.errors import NonFiniteError
 from quantune.recipe.schema import Recipe
 from quantune.training.observer import EvaluationResult, Observer, StepMetrics
 from quantune.training.optimizer import set_learning_rate
+from quantune.training.packed_rows import RowLayout
 from quantune.training.schedule import learning_rate
 
 
@@ -35,8 +37,8 @@ class Job:
 
     recipe: Recipe
     model: nn.Module
-    loss: Callable[[Tensor, Tensor], Tensor]
-    """Sum of the cross-entropies of (input_ids, labels)."""
+    loss: Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
+    """Sum of the cross-entropies of (input_ids, labels, the model's other arguments)."""
     parameters: Mapping[str, nn.Parameter]
     """What is trained, by name."""
     optimizer: torch.optim.Optimizer
@@ -46,6 +48,10 @@ class Job:
     total_steps: int
     warmup_steps: int
     micro_batch_size: int
+    pad_to: int = 0
+    """Tokens that every micro-batch is padded to at least."""
+    layout: RowLayout = attrs.field(factory=RowLayout)
+    """How packed rows are given to the model."""
 
 
 @attrs.define(kw_only=True)
@@ -126,12 +132,12 @@ def train_step(job: Job, step: int) -> StepMetrics:
     begun = time.perf_counter()
     config = job.recipe.training
     samples = step_samples(job, step)
-    micro_batches = [collate(chunk, job.pad_id) for chunk in _split(samples, job.micro_batch_size)]
+    micro_batches = [collate(chunk, job.pad_id, job.pad_to) for chunk in _split(samples, job.micro_batch_size)]
     targets = sum(batch.target_tokens for batch in micro_batches)
 
     total_loss = 0.0
     for batch in micro_batches:
-        loss = job.loss(batch.input_ids.to(job.device), batch.labels.to(job.device)) / targets
+        loss = job.loss(*job.layout.arrange(batch, job.device)) / targets
         loss.backward()
         total_loss += float(loss.detach())
         if not math.isfinite(total_loss):

@@ -17,7 +17,7 @@ def resolve(recipe: Recipe, *, device: torch.device, sample_count: int, longest:
 
     Args:
         sample_count: training samples.
-        longest: tokens of the longest training sample.
+        longest: tokens of the longest training sample, padding included.
     """
     training = recipe.training
     total = total_steps(training, sample_count)

@@ -16,7 +16,8 @@ from quantune.checkpoint.commit import write_committed
 from quantune.checkpoint.fingerprint import environment, hash_files
 from quantune.checkpoint.run_folder import RunFolder
 from quantune.checkpoint.state import load_state, save_state
-from quantune.data import dataset as data
+from quantune.data.dataset import Dataset
+from quantune.data.prepare import prepare
 from quantune.errors import CheckpointError, InterruptedRun
 from quantune.model import adapter
 from quantune.model.adoption import kept_modules
@@ -33,6 +34,7 @@ from quantune.training.loss import build_loss
 from quantune.training.memory import measure_peak
 from quantune.training.observer import EvaluationResult, ModelSummary, Observer, StepMetrics
 from quantune.training.optimizer import build_optimizer
+from quantune.training.packed_rows import RowLayout, layout_for
 from quantune.training.resolve import resolve
 
 UNCHANGEABLE = ("model", "quantization", "adapter", "training")
@@ -81,13 +83,19 @@ def train(
     embedding: Any = meta.get_input_embeddings()
 
     observer.phase("reading the data")
-    dataset = data.build(recipe.data.train, recipe.data, base.tokenizer, vocabulary_size=embedding.num_embeddings)
+    data = prepare(
+        recipe.data,
+        base.tokenizer,
+        seed=recipe.training.seed,
+        vocabulary_size=embedding.num_embeddings,
+        observer=observer,
+    )
+    dataset, held_out = data.train, data.eval
     observer.data("train", dataset.counts)
-    held_out = None
-    if recipe.data.eval:
-        held_out = data.build(recipe.data.eval, recipe.data, base.tokenizer, vocabulary_size=embedding.num_embeddings)
+    if held_out is not None:
         observer.data("eval", held_out.counts)
-    longest = max(len(sample.input_ids) for sample in dataset.samples)
+    pad_to = recipe.data.max_length if recipe.data.pad_to_max_length else 0
+    longest = max(pad_to, *(len(sample.input_ids) for sample in dataset.samples))
     recipe = resolve(recipe, device=device, sample_count=len(dataset.samples), longest=longest)
 
     observer.phase("loading the base")
@@ -99,6 +107,7 @@ def train(
     inner = model.get_base_model()
     assert isinstance(inner, PreTrainedModel)
     loss = build_loss(inner)
+    layout = layout_for(inner) if recipe.data.packing else RowLayout()
     if recipe.training.activation_checkpointing:
         inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if recipe.training.compile:
@@ -106,6 +115,8 @@ def train(
         compile_blocks(inner)
 
     fingerprints = {**_fingerprints(recipe, base, dataset), "the packed weights": packed}
+    if recipe.data.eval_size is not None and held_out is not None:
+        fingerprints["the tokens of the held-out data"] = held_out.fingerprint()
     if split is not None:
         fingerprints["the weights that the adapter's share was taken out of"] = split.dense_digest.hexdigest()
     progress = Progress()
@@ -169,6 +180,8 @@ def train(
         total_steps=recipe.training.max_steps,
         warmup_steps=recipe.training.warmup_steps,
         micro_batch_size=recipe.training.micro_batch_size,
+        pad_to=pad_to,
+        layout=layout,
     )
     with StopRequest().listening() as stop:
         if recipe.evaluation.at_start and progress.step == 0:
@@ -213,7 +226,7 @@ def _load(
     return peft_model, summary, packed
 
 
-def _fingerprints(recipe: Recipe, base: Base, dataset: data.Dataset) -> dict[str, Any]:
+def _fingerprints(recipe: Recipe, base: Base, dataset: Dataset) -> dict[str, Any]:
     """What a resumed run must share with the run that wrote the checkpoint."""
     document = to_dict(recipe)
     prints: dict[str, Any] = {f"[{section}]": document.get(section) for section in UNCHANGEABLE}
