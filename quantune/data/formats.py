@@ -37,7 +37,7 @@ ALPACA = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
-"""Stanford Alpaca's prompt (its `PROMPT_DICT`), with the answer on a line of its own as alpaca-lora and others have it."""
+"""Stanford Alpaca's prompt, the answer on a line of its own as alpaca-lora and others have it."""
 ALPACA_NO_INPUT = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"

@@ -8,7 +8,7 @@ import math
 import attrs
 import numpy as np
 
-from quantune.data.dataset import Dataset, count_samples
+from quantune.data.dataset import Counts, Dataset, count_samples
 from quantune.data.tokenization import Sample
 from quantune.errors import DataError
 
@@ -36,10 +36,12 @@ def hold_out(dataset: Dataset, size: int | float, seed: int) -> tuple[Dataset, D
     drawn = set(np.random.Generator(np.random.Philox(key)).permutation(len(texts))[:count].tolist())
     kept = [sample for index, pieces in enumerate(texts) if index not in drawn for sample in pieces]
     held = [sample for index, pieces in enumerate(texts) if index in drawn for sample in pieces]
-    return _with_counts(dataset, kept, held_out=len(held)), _with_counts(dataset, held)
+    return (
+        _counted(kept, attrs.evolve(dataset.counts, held_out=len(held))),
+        _counted(held, Counts(rows=count)),
+    )
 
 
-def _with_counts(dataset: Dataset, samples: list[Sample], *, held_out: int = 0) -> Dataset:
-    counts = attrs.evolve(dataset.counts, held_out=held_out)
+def _counted(samples: list[Sample], counts: Counts) -> Dataset:
     count_samples(samples, counts)
     return Dataset(samples=tuple(samples), counts=counts)

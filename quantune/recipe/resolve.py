@@ -50,7 +50,7 @@ def with_absolute_paths(recipe: Recipe, recipe_path: Path) -> Recipe:
     )
 
 
-_NO_TOKENS = {"additional_special_tokens": []}
+_NO_TOKENS: dict[str, list[str]] = {"additional_special_tokens": []}
 """What a table of special tokens holds that changes nothing."""
 
 

@@ -133,7 +133,9 @@ def _packed_logits(model: PreTrainedModel, layout: RowLayout, samples: list[Samp
     batch = collate(rows.samples, pad_id=0)
     input_ids, _, arguments = layout.arrange(batch, model.device)
     logits = _logits(model, input_ids, arguments).view(*batch.input_ids.shape, -1)
-    return [part for row, lengths in zip(logits, (LENGTHS[:2], LENGTHS[2:]), strict=True) for part in _parts(row, lengths)]
+    return [
+        part for row, lengths in zip(logits, (LENGTHS[:2], LENGTHS[2:]), strict=True) for part in _parts(row, lengths)
+    ]
 
 
 def _parts(row: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
@@ -153,6 +155,6 @@ def _change(found: Tensor, expected: Tensor) -> Tensor:
 
 def _mixes(model: PreTrainedModel, why: str) -> str:
     return (
-        f"[data] packing = true puts several samples into one row, and {type(model).__name__} does not keep them apart: "
-        f"{why}. Set packing = false"
+        f"[data] packing = true puts several samples into one row, and {type(model).__name__} does not keep them "
+        f"apart: {why}. Set packing = false"
     )
