@@ -236,11 +236,12 @@ def _replaceable(
     replaced = [*messages]
     replaced[index] = {**messages[index], "content": probe}
     try:
-        before, _, after = render(tokenizer, replaced, where).partition(probe)
+        before, found, after = render(tokenizer, replaced, where).partition(probe)
     except DataError:  # e.g. a template that reads the content
-        before, after = text, text
+        before, found, after = text, "", ""
     begin, end = len(before), len(text) - len(after)
-    if probe in after or begin > end or not (text.startswith(before) and text.endswith(after)):
+    once = bool(found) and probe not in after and text.startswith(before) and text.endswith(after)
+    if not once or text[begin:end].strip() != messages[index]["content"].strip():
         raise DataError(
             f"{where}: can't tell which tokens message {index} ({messages[index]['role']}) says: the chat template "
             'shows it in more than one place, changes it, or leaves it out. Use loss_on = "assistant" with '
