@@ -146,6 +146,7 @@ def train(
                 pad_id=base.pad_id,
                 device=device,
                 step=step,
+                pad_to=pad_to,
             )
         folder.metrics.append({"event": "evaluation", **attrs.asdict(result)})
         evaluations.append(result)

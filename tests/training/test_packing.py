@@ -28,7 +28,7 @@ from quantune.recipe.schema import (
     SourceConfig,
     TrainingConfig,
 )
-from quantune.training.loss import WholeLogitsLoss, build_loss
+from quantune.training.loss import LanguageModelLoss, WholeLogitsLoss, build_loss
 from quantune.training.observer import SilentObserver
 from quantune.training.packed_rows import RowLayout, layout_for
 from quantune.training.run import train
@@ -251,3 +251,19 @@ def test_padding_every_batch_to_the_same_length_changes_no_loss(data):
     for one, other in zip(plain, padded, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
         assert one["tokens"] == other["tokens"]
+
+
+def test_every_batch_of_a_run_that_pads_to_max_length_has_one_shape(data, monkeypatch):
+    shapes = set()
+    model = LanguageModelLoss.__call__
+
+    def record(self, input_ids, *more):
+        shapes.add(input_ids.shape[1])
+        return model(self, input_ids, *more)
+
+    monkeypatch.setattr(LanguageModelLoss, "__call__", record)
+    run(data, "padded", steps=2, eval_size=5, pad_to_max_length=True)
+    assert shapes == {64}
+    shapes.clear()
+    run(data, "packed", steps=2, eval_size=5, pad_to_max_length=True, packing=True)
+    assert shapes == {64}
