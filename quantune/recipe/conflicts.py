@@ -14,6 +14,7 @@ import attrs
 from quantune.recipe.schema import (
     ROLES,
     AdapterConfig,
+    CheckpointConfig,
     DataConfig,
     EvaluationConfig,
     ModelConfig,
@@ -86,10 +87,11 @@ def _divisors_in_words(number: int, shown: int = 12) -> str:
 def _evaluation(evaluation: EvaluationConfig, data: DataConfig) -> Iterable[Finding]:
     sources = data.train if data.eval_size is not None else data.eval
     if not sources:
-        for key in ("at_start", "every_steps", "exact_match"):
+        for key in ("at_start", "every_steps", "per_epoch", "exact_match"):
             if getattr(evaluation, key):
                 message = f"{key} asks for an evaluation, and there is nothing to evaluate on"
-                yield Finding(code="QT022", path=("evaluation", key), message=message, hint="add [[data.eval]]")
+                hint = "add [[data.eval]], or set [data] eval_size"
+                yield Finding(code="QT022", path=("evaluation", key), message=message, hint=hint)
     elif evaluation.exact_match and all(source.format == "completion" for source in sources):
         yield Finding(
             code="QT022",
@@ -234,6 +236,111 @@ def _adapter(adapter: AdapterConfig) -> Iterable[Finding]:
         yield Finding(code="QT021", path=("adapter", "loftq_iterations"), message=message)
 
 
+def _periods(evaluation: EvaluationConfig, checkpoint: CheckpointConfig) -> Iterable[Finding]:
+    for section, config in (("evaluation", evaluation), ("checkpoint", checkpoint)):
+        if config.every_steps is not None and config.per_epoch is not None:
+            message = "per_epoch and every_steps both say how often"
+            yield Finding(code="QT020", path=(section, "per_epoch"), message=message, hint="remove one of them")
+
+
+GPU_ATTENTION = ("flash_attention_2", "flash_attention_3", "flex_attention")
+"""Implementations of attention that train on a GPU only."""
+
+
+def _on_a_cpu(training: TrainingConfig, model: ModelConfig) -> Iterable[Finding]:
+    if training.device != "cpu":
+        return
+    gpu_only: tuple[tuple[tuple[str, str], bool, str], ...] = (
+        (("training", "optimizer"), training.optimizer.startswith("paged"), f'optimizer = "{training.optimizer}"'),
+        (("training", "tf32"), training.tf32, "tf32 = true"),
+        (
+            ("training", "activation_checkpointing"),
+            training.activation_checkpointing == "offload",
+            'activation_checkpointing = "offload"',
+        ),
+        (
+            ("model", "attn_implementation"),
+            model.attn_implementation in GPU_ATTENTION,
+            f'attn_implementation = "{model.attn_implementation}"',
+        ),
+    )
+    for path, chosen, text in gpu_only:
+        if chosen:
+            message = f'{text} is for a GPU, and [training] device = "cpu" trains on none'
+            yield Finding(code="QT021", path=path, message=message, hint="remove one of them")
+
+
+FIXED_CONFIG = {
+    "architectures": "the checkpoint decides it",
+    "auto_map": "the checkpoint decides it",
+    "model_type": "the checkpoint decides it",
+    "quantization_config": "say how the base is stored in [quantization]",
+    "vocab_size": "grow it with [model] added_tokens or pad_vocabulary_to_multiple_of",
+    "bos_token_id": "name the token in [model.special_tokens]",
+    "eos_token_id": "name the token in [model.special_tokens]",
+    "pad_token_id": "name the token in [model.special_tokens]",
+    "attn_implementation": "choose it with [model] attn_implementation",
+    "_attn_implementation": "choose it with [model] attn_implementation",
+    "dtype": "choose it with [training] precision",
+    "torch_dtype": "choose it with [training] precision",
+}
+"""Values of a `config.json` that a recipe can't replace, and what to do instead."""
+
+
+def _model_config(model: ModelConfig) -> Iterable[Finding]:
+    tables: list[tuple[tuple[str, ...], dict[str, Any]]] = [(("model", "config"), model.config)]
+    for path, table in tables:
+        for key, value in table.items():
+            if key in FIXED_CONFIG:
+                message = f"{key} of the base's config.json can't be replaced"
+                yield Finding(code="QT180", path=(*path, key), message=message, hint=FIXED_CONFIG[key])
+            elif isinstance(value, dict):
+                tables.append(((*path, key), value))
+
+
+def _adapter_parts(adapter: AdapterConfig) -> Iterable[Finding]:
+    """What PEFT's adapters on weights of experts can't be, and what is said twice."""
+    if adapter.target_parameters:
+        if adapter.use_dora:
+            yield Finding(
+                code="QT020",
+                path=("adapter", "use_dora"),
+                message="use_dora trains the magnitudes of linear layers' rows, which target_parameters don't have",
+                hint="leave out one of them",
+            )
+        if adapter.init not in ("default", "gaussian"):
+            yield Finding(
+                code="QT020",
+                path=("adapter", "init"),
+                message=f'init = "{adapter.init}" begins with a share of linear layers\' weights, which '
+                "target_parameters can't",
+                hint='use init = "default" or leave target_parameters out',
+            )
+    if adapter.start_from is not None and adapter.init != "default":
+        yield Finding(
+            code="QT020",
+            path=("adapter", "init"),
+            message=f'init = "{adapter.init}" and start_from both say how the adapter begins',
+            hint="remove one of them",
+        )
+    if adapter.targets == () and not adapter.target_parameters:
+        yield Finding(
+            code="QT022",
+            path=("adapter", "targets"),
+            message="an empty list of targets covers nothing",
+            hint='use "all-linear", name layers, or name weights of experts in target_parameters',
+        )
+    listed = () if isinstance(adapter.targets, str) else adapter.targets
+    for name in adapter.modules_to_save:
+        if name in listed:
+            yield Finding(
+                code="QT020",
+                path=("adapter", "modules_to_save"),
+                message=f'"{name}" is trained in full by modules_to_save and adapted by targets',
+                hint="name it in one of them",
+            )
+
+
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
     (("training",), _training),
     (("evaluation", "data"), _evaluation),
@@ -241,5 +348,9 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
     (("data",), _data),
     (("model",), _model),
     (("adapter",), _adapter),
+    (("adapter",), _adapter_parts),
     (("adapter", "quantization"), _loftq),
+    (("evaluation", "checkpoint"), _periods),
+    (("training", "model"), _on_a_cpu),
+    (("model",), _model_config),
 )

@@ -10,13 +10,15 @@ from typing import Any, Protocol, get_type_hints
 import attrs
 import tomli
 
-from quantune.errors import BackendError, Problem, RecipeError
+from quantune.errors import BackendError, Place, Problem, RecipeError
 from quantune.recipe import conflicts, legacy, positions
 from quantune.recipe.overrides import apply_override, parse_path
 from quantune.recipe.schema import QuantizationConfig, Recipe
 from quantune.recipe.structure import Finding, structure
 
 OptionsOf = Callable[[str], type]
+OF_VALUES = ("QT013", "QT014", "QT015", "QT030")
+"""Codes that say what is wrong with a value; of other codes the key is what they are about."""
 
 
 class BackendsWith(Protocol):
@@ -169,9 +171,7 @@ def _explain(finding: Finding, backend: str, cls: type, given: dict[str, Any], b
     if hint is None and finding.code == "QT013" and isinstance(given.get(key), str):
         owners = " and ".join(f'"{other}"' for other in backends_with(key, given[key]))
         hint = f'"{given[key]}" is a {key} of {owners}' if owners else None
-    if hint is None:
-        return finding
-    return attrs.evolve(finding, message=finding.message.split(" (did you mean")[0], hint=hint)
+    return finding if hint is None else attrs.evolve(finding, hint=hint)
 
 
 def _read(path: Path) -> str:
@@ -211,25 +211,44 @@ def _error(findings: Iterable[Finding], text: str, path: Path, origins: dict[pos
 
 
 def _locate(finding: Finding, text: str, path: Path, origins: dict[positions.Path, str]) -> Problem:
+    other = None if finding.other is None else _place(finding.other, text, origins)
     known: dict[str, Any] = {
         "code": finding.code,
         "where": finding.where,
         "message": finding.message,
         "hint": finding.hint,
+        "related": () if other is None else (attrs.evolve(other, label=finding.other_label),),
     }
-    origin = finding.origin
-    for length in range(len(finding.path), 0, -1):  # an override sets everything inside its value
-        origin = origin or origins.get(finding.path[:length])
-    if origin is not None:
-        return Problem(**known, origin=origin)
-    position = None
-    for length in range(len(finding.path), 0, -1):  # a missing key points to its table
-        position = positions.locate(text, finding.path[:length])
-        if position is not None:
-            break
-    if position is None:
+    if finding.origin is not None:
+        return Problem(**known, origin=finding.origin)
+    place = _place(finding.path, text, origins, value=finding.code in OF_VALUES)
+    if place is None:
         # a section that only an override made, or nothing that anything set
         made = (origin for set_path, origin in origins.items() if set_path[: len(finding.path)] == finding.path)
         return Problem(**known, origin=next(made, str(path)))
-    line, column = position
-    return Problem(**known, origin=str(path), line=line, column=column, source_line=positions.lines_of(text)[line - 1])
+    return Problem(
+        **known,
+        origin=place.origin or str(path),
+        line=place.line,
+        column=place.column,
+        source_line=place.source_line,
+        underline=place.underline,
+    )
+
+
+def _place(path: positions.Path, text: str, origins: dict[positions.Path, str], *, value: bool = False) -> Place | None:
+    """Where a key stands, or what set it; one that is missing is looked for at its table.
+
+    With `value`, its value is underlined in place of the key.
+    """
+    for length in range(len(path), 0, -1):  # an override sets everything inside its value
+        if path[:length] in origins:
+            return Place(origin=origins[path[:length]])
+    for length in range(len(path), 0, -1):
+        key = positions.key_span(text, path[:length])
+        if key is None:
+            continue
+        meant = (positions.value_span(text, path) if value else None) or key
+        line = positions.lines_of(text)[key.line - 1]
+        return Place(line=key.line, column=key.column, source_line=line, underline=(meant.column, meant.length))
+    return None

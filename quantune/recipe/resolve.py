@@ -37,8 +37,10 @@ def with_absolute_paths(recipe: Recipe, recipe_path: Path) -> Recipe:
     assert base is not None
     template = recipe.model.chat_template
     directory = f"runs/{recipe_path.stem}" if recipe.output.dir == "auto" else os.path.expanduser(recipe.output.dir)
+    start = recipe.adapter.start_from
     return attrs.evolve(
         recipe,
+        adapter=attrs.evolve(recipe.adapter, start_from=None if start is None else absolute(start)),
         model=attrs.evolve(
             recipe.model,
             base=base,
@@ -50,7 +52,7 @@ def with_absolute_paths(recipe: Recipe, recipe_path: Path) -> Recipe:
     )
 
 
-_NO_TOKENS: dict[str, list[str]] = {"additional_special_tokens": []}
+_NO_TOKENS: dict[str, Any] = {"additional_special_tokens": []}
 """What a table of special tokens holds that changes nothing."""
 
 

@@ -13,11 +13,10 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quantune.data.collate import collate
 from quantune.data.dataset import Dataset
@@ -25,6 +24,7 @@ from quantune.data.order import step_indices
 from quantune.data.tokenization import Sample
 from quantune.errors import NonFiniteError
 from quantune.recipe.schema import Recipe
+from quantune.training.loss import Loss
 from quantune.training.observer import EvaluationResult, Observer, StepMetrics
 from quantune.training.optimizer import set_learning_rate
 from quantune.training.packed_rows import RowLayout
@@ -37,8 +37,7 @@ class Job:
 
     recipe: Recipe
     model: nn.Module
-    loss: Callable[[Tensor, Tensor, Mapping[str, Any]], Tensor]
-    """Sum of the cross-entropies of (input_ids, labels, the model's other arguments)."""
+    loss: Loss
     parameters: Mapping[str, nn.Parameter]
     """What is trained, by name."""
     optimizer: torch.optim.Optimizer

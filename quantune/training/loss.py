@@ -24,6 +24,8 @@ from quantune.data.collate import IGNORED
 CHUNK_BYTES = 32 * 1024 * 1024
 """Bytes of logits held at a time; 32 to 64 MB measured fastest on CPUs."""
 NOTHING: Mapping[str, Any] = MappingProxyType({})
+Loss = Callable[..., Tensor]
+"""Sum of the cross-entropies of (input_ids, labels, the model's other arguments); the last may be left out."""
 
 
 class FrozenHeadLoss(torch.autograd.Function):

@@ -67,7 +67,7 @@ CASES = [
         'one of "chat", "instruct", "alpaca", "completion"',
         None,
     ),
-    ('"nf4"', '"nf5"', "QT013", 6, "quantization.weight_dtype", '(did you mean "nf4"?)', None),
+    ('"nf4"', '"nf5"', "QT013", 6, "quantization.weight_dtype", 'found "nf5" (a string)', 'did you mean "nf4"?'),
     ("[model]\n", "adapter = 3\n[model]\n", "QT002", 9, "recipe", "not valid TOML", None),
     ("r = 8", "r = 0", "QT014", 9, "adapter.r", "must be greater than 0, found 0", None),
     ("r = 8", "r = -8", "QT014", 9, "adapter.r", "must be greater than 0, found -8", None),
@@ -384,3 +384,18 @@ def test_problems_of_overrides_and_of_the_file_are_reported_together(tmp_path):
         ("--set training.max_steps=0", None),
         (str(path), 9),
     }
+
+
+def test_a_byte_order_mark_and_windows_line_ends_leave_the_places_as_they_are(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + VALID.replace("[model]", "modle = 1\n[model]").replace("\n", "\r\n").encode())
+    (problem,) = problems(path)
+    assert (problem.line, problem.column, problem.source_line, problem.underline) == (1, 1, "modle = 1", (1, 5))
+
+
+def test_what_is_underlined_is_the_key_or_the_value_that_is_wrong(tmp_path):
+    text = VALID.replace("r = 8", "r   =   -80").replace('format = "chat"', 'formt  = "chat"')
+    wrong, lacking, unknown = problems(write(tmp_path, text))
+    assert wrong.where == "adapter.r" and (wrong.column, wrong.underline) == (1, (9, 3))
+    assert lacking.where == "data.train[0].format" and lacking.source_line == "[[data.train]]"
+    assert unknown.where == "data.train[0].formt" and unknown.underline == (1, 5)
