@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import attrs
 import pytest
 import torch
 import transformers
@@ -235,6 +236,9 @@ def test_a_packed_run_holds_out_counts_rows_and_resumes_with_the_same_bytes(data
     assert sum(step["tokens"] for step in steps[: train_counts.packed_rows // 4]) <= train_counts.tokens
     assert all(step["tokens"] > 4 * 64 * 0.5 for step in steps)
     assert steps[0]["epoch"] == pytest.approx(4 / train_counts.packed_rows)
+    manifest = json.loads((data / "packed" / "manifest.json").read_text())
+    assert manifest["data"]["train"] == attrs.asdict(train_counts) and manifest["data"]["eval"]["kept"] == 4
+    assert manifest["fingerprints"]["the tokens of the held-out data"]
 
     weights = data / "packed" / "adapter" / "adapter_model.safetensors"
     before = weights.read_bytes()
