@@ -40,6 +40,24 @@ class InputError(QuantuneError):
 
 
 @attrs.frozen(kw_only=True)
+class Place:
+    """Another place that a problem is about."""
+
+    line: int | None = None
+    """Line in the file, from 1; None when the value did not come from a file."""
+    column: int | None = None
+    """Column in the line, from 1."""
+    source_line: str | None = None
+    """The text of that line."""
+    underline: tuple[int, int] | None = None
+    """Column and length, in characters, of what is meant; one character at `column` by default."""
+    origin: str | None = None
+    """`--set adapter.r=...`, when that set the value."""
+    label: str = ""
+    """What stands there, e.g. `and this says int8`."""
+
+
+@attrs.frozen(kw_only=True)
 class Problem:
     """One thing that is wrong with a recipe."""
 
@@ -54,11 +72,15 @@ class Problem:
     line: int | None = None
     """Line in the file, from 1; None when the value did not come from a file."""
     column: int | None = None
-    """Column in the line, from 1."""
+    """Column of the key in the line, from 1."""
     source_line: str | None = None
     """The text of that line."""
+    underline: tuple[int, int] | None = None
+    """Column and length, in characters, of the key or value that is wrong; one character at `column` by default."""
     origin: str | None = None
     """The file, or `--set adapter.r=...`."""
+    related: tuple[Place, ...] = ()
+    """Where else to look, e.g. at the key that this one contradicts."""
 
     def __str__(self) -> str:
         place = ":".join(str(part) for part in (self.origin, self.line, self.column) if part is not None)

@@ -5,6 +5,7 @@ Options classes come from anyone: one without docstrings, source or usable annot
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import attrs
@@ -14,7 +15,7 @@ from tomlkit.exceptions import TOMLKitError
 from quantune.backends.description import BackendDescription
 from quantune.backends.discovery import plain
 from quantune.errors import BackendError
-from quantune.recipe.reference import default_words, field_docs, type_words
+from quantune.recipe.reference import default_words, field_docs_if_any, type_words
 from quantune.recipe.structure import structure
 
 DOC_LENGTH = 600
@@ -34,7 +35,7 @@ class Option:
 
 def options_in_words(cls: type) -> tuple[Option, ...]:
     """The keys of an options class."""
-    docs, hints = _docs(cls), _hints(cls)
+    docs, hints = field_docs_if_any(cls), _hints(cls)
     return tuple(
         Option(
             key=field.name,
@@ -61,6 +62,26 @@ def default_options(description: BackendDescription, weight_dtype: str | None = 
     if said or options is None:
         raise BackendError(f"its default options are refused: {plain('; '.join(said))}")
     return options.resolved() if hasattr(options, "resolved") else options
+
+
+def choose_dtype(description: BackendDescription, asked: str | None) -> str | None:
+    """The weight dtype asked for, or without one the backend's default or first; None for a backend of one format.
+
+    Raises:
+        BackendError: the backend does not have the one asked for.
+    """
+    if asked is None:
+        return _first_dtype(description)
+    if asked in description.weight_dtypes:
+        return asked
+    if not description.weight_dtypes:
+        raise BackendError(f'backend "{description.name}" has one format and takes no weight_dtype, found "{asked}"')
+    listing = ", ".join(f'"{plain(one)}"' for one in description.weight_dtypes)
+    close = difflib.get_close_matches(asked, description.weight_dtypes, n=1)
+    suggestion = f'; did you mean "{plain(close[0])}"?' if close else ""
+    raise BackendError(
+        f'expected one of {listing} as weight_dtype of backend "{description.name}", found "{asked}"{suggestion}'
+    )
 
 
 def snippet(description: BackendDescription) -> str:
@@ -106,13 +127,6 @@ def _toml(value: Any) -> str:
         return plain(tomlkit.item(list(value) if isinstance(value, tuple) else value).as_string())
     except (TOMLKitError, TypeError, ValueError):  # nothing that a recipe could say
         return plain(repr(value), 80)
-
-
-def _docs(cls: type) -> dict[str, str]:
-    try:
-        return field_docs(cls)
-    except (OSError, TypeError, ValueError, SyntaxError, AssertionError):  # made in a shell, by `make_class`, compiled
-        return {}
 
 
 def _hints(cls: type) -> dict[str, Any]:

@@ -10,7 +10,9 @@ import typer
 from rich.markup import escape
 
 from quantune.cli.console import err, out
+from quantune.cli.problems import as_dict
 from quantune.cli.recipes import open_recipe
+from quantune.errors import RecipeError
 from quantune.recipe.resolve import to_dict, to_toml
 
 
@@ -19,10 +21,16 @@ def check(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the recipe as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the recipe, or its problems, as JSON.")] = False,
 ) -> None:
     """Validate a recipe without loading anything, and print it with every default written out."""
-    checked = open_recipe(recipe, overrides or ())
+    try:
+        checked = open_recipe(recipe, overrides or ())
+    except RecipeError as error:
+        if not as_json:
+            raise
+        out.print_json(json.dumps({"problems": [as_dict(problem) for problem in error.problems]}))
+        raise typer.Exit(error.exit_code) from error
     if as_json:
         out.print_json(json.dumps(to_dict(checked)))
         return

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from quantune.backends.discovery import require_readable_packages
+from quantune.cli.problems import render
 from quantune.errors import InterruptedRun, Problem, QuantuneError, RecipeError
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ def fail(error: QuantuneError, *, debug: bool) -> int:
         err.print(escape("".join(traceback.format_exception(error))))
     if isinstance(error, RecipeError):
         for problem in error.problems:
-            _print_problem(problem)
+            err.print(render(problem, err.width))
         count = len(error.problems)
-        err.print(f"[bold red]{count} problem{'s' if count > 1 else ''}[/] in the recipe")
+        more = f"; [cyan]quantune explain {error.problems[0].code}[/] tells more" if count else ""
+        err.print(f"[bold red]{count} problem{'s' if count != 1 else ''}[/] in the recipe{more}")
     elif isinstance(error, InterruptedRun):
         err.print(f"[bold yellow]interrupted:[/] {escape(str(error))}")
     else:
@@ -41,7 +43,7 @@ def fail(error: QuantuneError, *, debug: bool) -> int:
 def warn(problem: Problem) -> None:
     """Print something that was understood and should be written otherwise."""
     err.print("[bold yellow]warning:[/] ", end="")
-    _print_problem(problem)
+    err.print(render(problem, err.width))
 
 
 def warning(text: str) -> None:
@@ -91,19 +93,3 @@ def table(*columns: str, title: str | None = None) -> Table:
             column.removeprefix(">"), justify="right" if number else "left", no_wrap=number, overflow="fold"
         )
     return made
-
-
-def _print_problem(problem: Problem) -> None:
-    parts = (problem.origin, problem.line, problem.column)
-    place = ":".join(str(part) for part in parts if part is not None)
-    err.print(
-        f"[bold]{escape(place)}[/] [cyan]{escape('[' + problem.where + ']')}[/] {escape(problem.message)}  "
-        f"[dim]{problem.code}[/]"
-    )
-    if problem.line is not None and problem.source_line is not None:
-        gutter = f"{problem.line:>5} | "
-        err.print(f"[dim]{gutter}[/]{escape(problem.source_line)}")
-        if problem.column is not None:
-            err.print(" " * (len(gutter) + problem.column - 1) + "[bold red]^[/]")
-    if problem.hint:
-        err.print(f"      [green]{escape(problem.hint)}[/]")

@@ -20,10 +20,10 @@ from quantune.comparison.text import MAX_TOKENS, WINDOW, Text, Windows, cut
 from quantune.comparison.training_step import make_batch, time_training
 from quantune.comparison.weights import Sums, dense_sums, packed_parameters, packed_sums, time_dequantize
 from quantune.errors import ModelError, QuantizationError, QuantuneError
-from quantune.model import adapter
 from quantune.model.base import Base, skeleton
 from quantune.model.device import DTYPES, Precision
 from quantune.model.load import load_model, module_table
+from quantune.model.targets import match_targets
 
 
 class Observer(Protocol):
@@ -79,7 +79,7 @@ def compare(
         InputError: the text is too short, or the model can't be loaded or has no linear layers.
     """
     meta = skeleton(base)
-    adapter.match_targets(meta, training_step.ADAPTER)
+    match_targets(meta, training_step.ADAPTER)
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or WINDOW
     window = min(WINDOW, positions)
     windows = cut(text, base.tokenizer, max_tokens=max_tokens, window=window)

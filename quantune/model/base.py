@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from transformers import (
 from quantune.errors import ModelError
 from quantune.model import mini
 from quantune.model.adoption import quantization_of, require_same_format
+from quantune.model.configuration import with_values
+from quantune.model.vocabulary import Additions, add_tokens, grow_embeddings
+from quantune.recipe.chat_templates import template_path
+from quantune.recipe.conflicts import GPU_ATTENTION
 from quantune.recipe.schema import ModelConfig, QuantizationConfig
 
 BUILT_IN = {"builtin:mini": mini.PATH}
@@ -37,9 +42,13 @@ class Base:
     trust_remote_code: bool
     attn_implementation: str | None
     config: PretrainedConfig
+    """Of the checkpoint as it is, but for what the recipe replaces: its embeddings have not grown yet."""
     stored: dict[str, Any] | None = None
     """What its `config.json` says of its quantization, where the checkpoint is already quantized."""
     tokenizer: PreTrainedTokenizerBase
+    """With the tokens that the recipe adds."""
+    additions: Additions = Additions()
+    """What the recipe adds to the vocabulary."""
 
     @property
     def folder(self) -> Path | None:
@@ -67,7 +76,7 @@ def open_base(
 
     Raises:
         ModelError: there is no such model, it can't be read, it is already quantized in another way than
-            `quantization` says, or it needs code to be trusted.
+            `quantization` says, it needs code to be trusted, or it does not take the recipe's tokens or configuration.
     """
     if config.trust_remote_code and not allow_remote_code:
         raise ModelError(
@@ -91,30 +100,66 @@ def open_base(
         require_same_format(config.base, stored, quantization)
         del hf_config.quantization_config  # or transformers would load it in its own way
     if config.chat_template is not None:
-        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = template_path(config.chat_template).read_text(encoding="utf-8")
+    additions = add_tokens(tokenizer, config)
     return Base(
         name=config.base,
         source=source,
         revision=config.revision,
         trust_remote_code=config.trust_remote_code,
         attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
-        config=hf_config,
+        config=with_values(hf_config, config.config),
         stored=stored,
         tokenizer=tokenizer,
+        additions=additions,
     )
 
 
 def skeleton(base: Base) -> PreTrainedModel:
-    """The model on the meta device: modules, names and shapes without weights.
+    """The model on the meta device: modules, names and shapes without weights, its embeddings as they will be.
 
     Raises:
-        ModelError: transformers has no causal language model for this configuration.
+        ModelError: transformers has no causal language model for this configuration, or not with this attention.
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(base.config, trust_remote_code=base.trust_remote_code)
-    except (ValueError, ImportError) as error:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                copy.deepcopy(base.config),  # growing changes it
+                trust_remote_code=base.trust_remote_code,
+                attn_implementation=base.attn_implementation,
+            )
+    except (ValueError, ImportError, KeyError) as error:  # the last for the name of an activation, say
+        if base.attn_implementation is not None:
+            skeleton(attrs.evolve(base, attn_implementation=None))  # or it is not the attention's fault
+            raise ModelError(_attention_problem(base.attn_implementation, error)) from error
         raise ModelError(f"{base.name} is not a causal language model that transformers knows: {error}") from error
+    grow_embeddings(model, base.additions)
+    return model
+
+
+ATTENTION_PACKAGES = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
+
+
+def require_attention(config: ModelConfig, device: torch.device) -> None:
+    """Require that the attention a recipe asks for trains on `device`.
+
+    Raises:
+        ModelError: it needs a GPU.
+    """
+    if device.type == "cpu" and config.attn_implementation in GPU_ATTENTION:
+        raise ModelError(
+            f'[model] attn_implementation = "{config.attn_implementation}" trains on a GPU only, and this run is on a '
+            'CPU; use "auto", "sdpa" or "eager"'
+        )
+
+
+def _attention_problem(implementation: str, error: Exception) -> str:
+    package = ATTENTION_PACKAGES.get(implementation)
+    install = f"install the package {package}, or " if package and isinstance(error, ImportError) else ""
+    return (
+        f'[model] attn_implementation = "{implementation}" can\'t be used: {_first_sentence(error)} '
+        f'What helps: {install}use "auto", "sdpa" or "eager"'
+    )
 
 
 def _first_sentence(error: Exception) -> str:

@@ -50,6 +50,22 @@ def _cpu_multiplies_bf16() -> bool:
 
 
 @contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Let a GPU multiply fp32 matrices in TF32 while the context is open, if it is `allowed`."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if allowed else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def has_tf32(device: torch.device) -> bool:
+    """Whether `device` has TF32 arithmetic: GPUs since Ampere do."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@contextlib.contextmanager
 def lean_heap() -> Iterator[None]:
     """Return freed tensors to the system at once while the context is open, where the C library is glibc.
 

@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -26,10 +26,11 @@ from quantune.model.quantizer import (
     QuantizationPlan,
     QuantuneConfig,
     is_router,
-    quantizable,
+    packable,
     quantizable_experts,
     shape_problem,
 )
+from quantune.model.vocabulary import grow_embeddings
 from quantune.quantized import experts
 from quantune.quantized.linear import QuantLinear, WeightFormat
 from quantune.recipe.schema import QuantizationConfig
@@ -102,11 +103,12 @@ def load_model(
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
         raise ModelError(f"{base.name} lacks weights of its own architecture: {missing}. Fetch the checkpoint again")
+    grow_embeddings(model, base.additions)
     model.requires_grad_(False)
     model.eval()
     if quantization is not None:
         assert plan is not None
-        _require_packed(model, plan.skip)
+        _require_packed(model, plan)
     if initialization is not None:
         _split_dense(model, initialization)
     return model
@@ -128,18 +130,25 @@ def plan_quantization(
         backend=registry.load_backend(description),
         options=quantization.options,
         skip=quantization.skip,
+        experts=quantization.experts,
         compute_dtype=compute_dtype,
         pack_dtype=compute_dtype,
     )
 
 
 def check_plan(
-    model: PreTrainedModel, quantization: QuantizationConfig, device: torch.device, kept: tuple[str, ...] = ()
+    model: PreTrainedModel,
+    quantization: QuantizationConfig,
+    device: torch.device,
+    stored: Mapping[str, Any] | None = None,
 ) -> None:
-    """Check what `quantization` says against a model without weights; a quantized checkpoint itself keeps `kept` dense.
+    """Check what `quantization` says against a model without weights.
+
+    `stored` is what the `config.json` of a checkpoint that is already quantized says of that.
 
     Raises:
-        ModelError: a pattern of `skip` names nothing, nothing is left to pack, or the format can't store a shape.
+        ModelError: a pattern of `skip` names nothing, nothing is left to pack, the format can't store a shape, or the
+            checkpoint holds experts packed that should stay in full precision.
         BackendError: the backend can't run here, or not on `device`.
     """
     plan = plan_quantization(quantization, torch.float32, device)
@@ -152,9 +161,16 @@ def check_plan(
                 f"[quantization] skip: {json.dumps(pattern)} names no module of this base"
                 + (f' (did you mean "{close[0]}"?)' if close else f"; the linear layers are {', '.join(leaves)}")
             )
-    plan = attrs.evolve(plan, skip=(*plan.skip, *kept))
-    if not quantizable(model, plan.skip) and not any(quantizable_experts(model, plan.skip)):
-        raise ModelError(_nothing_packed(model, plan.skip))
+    if stored is not None:
+        plan = attrs.evolve(plan, skip=(*plan.skip, *kept_modules(stored)))
+        held = next(quantizable_experts(model, plan.skip), None)
+        if held is not None and not plan.experts:
+            raise ModelError(
+                f"[quantization] experts = false: this checkpoint already holds its experts packed, e.g. {held[2]}; "
+                'take experts = false out, dequantize them with skip = ["experts"], or choose the unquantized base'
+            )
+    if not packable(model, plan.skip, plan.experts):
+        raise ModelError(_nothing_packed(model, plan))
     problem = shape_problem(model, plan)
     if problem is not None:
         raise ModelError(problem)
@@ -219,14 +235,14 @@ def _split_dense(model: nn.Module, initialization: Initialization) -> None:
             layer.weight.data = initialization.split(name, layer.weight.data, None)
 
 
-def _require_packed(model: PreTrainedModel, skip: tuple[str, ...]) -> None:
+def _require_packed(model: PreTrainedModel, plan: QuantizationPlan) -> None:
     """Fail if a weight matrix that the recipe meant to pack is still in full precision."""
-    left = sorted(name for name in _full_precision(model) if not matches_any(name, skip))
+    left = sorted(name for name in _full_precision(model, plan.experts) if not matches_any(name, plan.skip))
     packed = any(packed_weights(module) for module in model.modules())
     if packed and not left:
         return
     if not packed:
-        raise QuantizationError(_nothing_packed(model, skip))
+        raise QuantizationError(_nothing_packed(model, plan))
     shown = ", ".join(left[:4]) + (f" and {len(left) - 4} more" if len(left) > 4 else "")
     raise QuantizationError(
         f"{len(left)} weights that [quantization] should cover are still in full precision: {shown}. "
@@ -235,15 +251,16 @@ def _require_packed(model: PreTrainedModel, skip: tuple[str, ...]) -> None:
     )
 
 
-def _nothing_packed(model: nn.Module, skip: tuple[str, ...]) -> str:
+def _nothing_packed(model: nn.Module, plan: QuantizationPlan) -> str:
+    kept = f"skip = {json.dumps(plan.skip)}" + ("" if plan.experts else ", experts = false")
     return (
-        f"nothing is packed: [quantization] covers no linear layer of {type(model).__name__} "
-        f"(skip = {json.dumps(skip)}). Leave [quantization] out to train on the base as it is"
+        f"nothing is packed: [quantization] covers no linear layer of {type(model).__name__} ({kept}). "
+        "Leave [quantization] out to train on the base as it is"
     )
 
 
-def _full_precision(model: PreTrainedModel) -> Iterable[str]:
-    """Names of weights that quantization is about: all large matrices, and stacks of them, of whatever module.
+def _full_precision(model: PreTrainedModel, stacks: bool) -> Iterable[str]:
+    """Names of weights that quantization is about: all large matrices, and with `stacks` stacks of them, of any module.
 
     Left out are embeddings, the output head, routers, convolutions, and what the architecture keeps in fp32.
     """
@@ -259,7 +276,7 @@ def _full_precision(model: PreTrainedModel) -> Iterable[str]:
             yield name
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
-            matrix = parameter.dim() > 1 and parameter.is_floating_point()
+            matrix = parameter.is_floating_point() and (parameter.dim() > 1 if stacks else parameter.dim() == 2)
             large = parameter.numel() >= hidden * hidden / 4
             if matrix and large and not (is_router(leaf) or leaf.endswith("bias")):
                 yield f"{name}.{leaf}"

@@ -41,6 +41,8 @@ class QuantizationPlan:
     backend: Backend
     options: Any
     skip: tuple[str, ...]
+    experts: bool = True
+    """Pack fused experts as well."""
     compute_dtype: torch.dtype
     pack_dtype: torch.dtype
     """What weights are packed from: some formats compute in the dtype of the weight."""
@@ -206,7 +208,7 @@ class QuantuneQuantizer(HfQuantizer):
             raise QuantizationError(problem)
         for name in quantizable(model, plan.skip):
             _replace_linear(model, name, plan)
-        stacks = list(quantizable_experts(model, plan.skip))
+        stacks = list(quantizable_experts(model, plan.skip, plan.experts))
         for module, name, _ in stacks:
             shape = experts.expert_shape(module, experts.projections(module)[name])
             parameter = experts.set_packed(module, name, plan.weight_format(shape))
@@ -261,15 +263,22 @@ def quantizable(model: PreTrainedModel, skip: tuple[str, ...]) -> list[str]:
     ]
 
 
-def quantizable_experts(model: PreTrainedModel, skip: tuple[str, ...]) -> Iterator[tuple[nn.Module, str, str]]:
-    """The fused experts' weights that a plan with `skip` covers: module, name in it, full name."""
+def quantizable_experts(
+    model: PreTrainedModel, skip: tuple[str, ...], wanted: bool = True
+) -> Iterator[tuple[nn.Module, str, str]]:
+    """The weights of fused experts that a plan with `skip` covers: module, name in it, full name; if `wanted`."""
     for module_name, module in model.named_modules():
-        if not experts.is_experts(module):
+        if not (wanted and experts.is_experts(module)):
             continue
         for name, weight in experts.projections(module).items():
             full_name = f"{module_name}.{name}"
             if weight.dim() == 3 and weight.is_floating_point() and not matches_any(full_name, skip):
                 yield module, name, full_name
+
+
+def packable(model: PreTrainedModel, skip: tuple[str, ...], experts: bool = True) -> set[str]:
+    """Names of all that a plan packs: linear layers, and weights of fused experts."""
+    return {*quantizable(model, skip), *(name for _, _, name in quantizable_experts(model, skip, experts))}
 
 
 def _replace_linear(model: PreTrainedModel, name: str, plan: QuantizationPlan) -> None:
@@ -306,7 +315,7 @@ def shape_problem(model: PreTrainedModel, plan: QuantizationPlan) -> str | None:
     for name in quantizable(model, plan.skip):
         rows, columns = model.get_parameter(f"{name}.weight").shape
         shapes[name] = (rows, columns)
-    for module, name, full_name in quantizable_experts(model, plan.skip):
+    for module, name, full_name in quantizable_experts(model, plan.skip, plan.experts):
         shapes[full_name] = experts.expert_shape(module, experts.projections(module)[name])
     by_reason: dict[str, list[str]] = {}
     for name, shape in shapes.items():

@@ -1,23 +1,28 @@
 """Fused experts over packed weights.
 
-Shape suffixes: S slots (token-expert pairs), T tokens, K experts per token, H hidden size, E experts.
+Shape suffixes: S slots (token-expert pairs), T tokens, K experts per token, H hidden size, E experts; I in and O out
+features of one weight, R rank of an update.
 
 A mixture of experts keeps its weights as 3-D parameters, one slice an expert. Packed, such a parameter keeps its name
 and becomes bytes, shape (experts, bytes of one expert): each expert is a packed weight (out features, in features) of
 its own, whichever way round the architecture stores it, so every backend stores experts. One function, registered
-with transformers, computes all of them; only experts that a token was sent to are dequantized.
+with transformers, computes all of them, packed or not; only experts that a token was sent to are dequantized. A
+low-rank update of a weight is added expert by expert as well, and never exists in full size.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from quantune.quantized.linear import WeightFormat, packed_linear
+from quantune.quantized.linear import PackedLoraLinear, WeightFormat, packed_linear
 
 IMPLEMENTATION = "quantune"
 """The name under which transformers finds the function."""
@@ -62,6 +67,32 @@ def set_packed(module: nn.Module, name: str, weight_format: WeightFormat) -> nn.
     return parameter
 
 
+@attrs.frozen(kw_only=True, eq=False)
+class ExpertsUpdate:
+    """A low-rank update of one weight of all experts, scaling * B A for each."""
+
+    lora_A: tuple[Tensor, ...]
+    """One for each expert, (R, I)."""
+    lora_B: tuple[Tensor, ...]
+    """One for each expert, (O, R)."""
+    scaling: float
+
+
+@contextlib.contextmanager
+def updated(module: nn.Module, name: str, updates: tuple[ExpertsUpdate, ...]) -> Iterator[None]:
+    """Add `updates` to the weight called `name` while the context lasts."""
+    outside = _updates(module)
+    module.low_rank_updates = {**outside, name: updates}  # type: ignore[assignment]  # not a tensor
+    try:
+        yield
+    finally:
+        module.low_rank_updates = outside  # type: ignore[assignment]
+
+
+def _updates(module: nn.Module) -> dict[str, tuple[ExpertsUpdate, ...]]:
+    return getattr(module, "low_rank_updates", {})
+
+
 @torch.compiler.disable  # how many tokens an expert gets is data: a graph can't hold it
 def packed_experts(module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The experts' output, as transformers' own function for `module` gives it.
@@ -102,9 +133,16 @@ def _project(module: nn.Module, name: str, expert: int, x: Tensor) -> Tensor:
     weight = module.get_parameter(name)[expert]
     bias = module.get_parameter(f"{name}_bias")[expert] if module.has_bias else None
     weight_format = weight_formats(module).get(name)
-    if weight_format is None:
-        return functional.linear(x, as_rows(module, weight), bias)
-    return packed_linear(x, weight, bias, weight_format)
+    updates = [(it.lora_A[expert], it.lora_B[expert], it.scaling) for it in _updates(module).get(name, ())]
+    if weight_format is not None and len(updates) == 1:
+        return PackedLoraLinear.apply(x, weight, bias, *updates[0], weight_format)
+    if weight_format is not None:
+        y = packed_linear(x, weight, bias, weight_format)
+    else:
+        y = functional.linear(x, as_rows(module, weight), bias)
+    for lora_A_RI, lora_B_OR, scaling in updates:
+        y = y + (x @ lora_A_RI.to(x.dtype).T) @ lora_B_OR.to(x.dtype).T * scaling
+    return y
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, packed_experts)

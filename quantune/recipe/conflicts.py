@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import string
 from collections.abc import Callable, Iterable, Mapping
@@ -11,7 +12,9 @@ from typing import Any
 import attrs
 
 from quantune.recipe.schema import (
+    ROLES,
     AdapterConfig,
+    CheckpointConfig,
     DataConfig,
     EvaluationConfig,
     ModelConfig,
@@ -20,14 +23,20 @@ from quantune.recipe.schema import (
     SourceConfig,
     TrainingConfig,
 )
+from quantune.recipe.slices import parse_split
 from quantune.recipe.structure import Finding
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
-COLUMNS_OF = {
-    "chat": ("messages_column",),
-    "instruct": ("prompt_column", "response_column", "template"),
+KEYS_OF = {
+    "chat": ("messages_column", "message_keys", "roles", "drop_system_message", "train_on_eos"),
+    "instruct": ("prompt_column", "response_column", "template", "input_column", "template_no_input"),
     "completion": ("text_column",),
 }
+"""The keys of a source that belong to one format alone."""
+
+
+SourceFinding = tuple[str, str, str, str | None]
+"""Key, code, message and hint."""
 
 
 def check(recipe: Recipe) -> list[Finding]:
@@ -76,17 +85,19 @@ def _divisors_in_words(number: int, shown: int = 12) -> str:
 
 
 def _evaluation(evaluation: EvaluationConfig, data: DataConfig) -> Iterable[Finding]:
-    if not data.eval:
-        for key in ("at_start", "every_steps", "exact_match"):
+    sources = data.train if data.eval_size is not None else data.eval
+    if not sources:
+        for key in ("at_start", "every_steps", "per_epoch", "exact_match"):
             if getattr(evaluation, key):
                 message = f"{key} asks for an evaluation, and there is nothing to evaluate on"
-                yield Finding(code="QT022", path=("evaluation", key), message=message, hint="add [[data.eval]]")
-    elif evaluation.exact_match and all(source.format == "completion" for source in data.eval):
+                hint = "add [[data.eval]], or set [data] eval_size"
+                yield Finding(code="QT022", path=("evaluation", key), message=message, hint=hint)
+    elif evaluation.exact_match and all(source.format == "completion" for source in sources):
         yield Finding(
             code="QT022",
             path=("evaluation", "exact_match"),
             message="exact_match compares answers to prompts, and completion data has neither",
-            hint='use format = "chat" or "instruct" in [[data.eval]]',
+            hint='use format = "chat" or "instruct" in ' + ("[[data.eval]]" if data.eval else "[[data.train]]"),
         )
 
 
@@ -97,26 +108,99 @@ def _sources(data: DataConfig) -> Iterable[Finding]:
                 yield Finding(code=code, path=("data", part, index, key), message=message, hint=hint)
 
 
-def _source(source: SourceConfig) -> Iterable[tuple[str, str, str, str | None]]:
-    defaults = {field.name: field.default for field in attrs.fields(SourceConfig)}
+def _source(source: SourceConfig) -> Iterable[SourceFinding]:
+    unset = SourceConfig(format=source.format)
     if source.path is None and source.dataset is None:
         yield "path", "QT022", "a source needs a path (a file) or a dataset (of the hub)", None
     if source.path is not None and source.dataset is not None:
         yield "dataset", "QT020", "path and dataset both say where the rows come from", "remove one of them"
     if source.path is not None and source.dataset is None:
-        for key in ("name", "split", "revision"):
-            if getattr(source, key) != defaults[key]:
+        for key in ("name", "revision", "data_files"):
+            if getattr(source, key) != getattr(unset, key):
                 yield key, "QT021", f"{key} belongs to a dataset of the hub and has no meaning beside path", None
         if PurePath(source.path).suffix.lower() not in FILE_TYPES:
             yield "path", "QT014", f"expected a file ending in {', '.join(FILE_TYPES)}, found {source.path!r}", None
-    for format_, keys in COLUMNS_OF.items():
+        yield from _split_of_file(source.split)
+    for format_, keys in KEYS_OF.items():
         for key in keys:
-            if format_ != source.format and getattr(source, key) != defaults[key]:
+            if format_ != source.format and getattr(source, key) != getattr(unset, key):
                 yield key, "QT021", f'{key} has no meaning for format = "{source.format}"', None
-    if source.template is not None and source.format == "instruct":
-        problem = _template_problem(source.template)
+    if source.format == "instruct":
+        yield from _instruct(source)
+    if source.format == "chat":
+        yield from _chat(source)
+    yield from _loss_on(source)
+
+
+def _split_of_file(text: str) -> Iterable[SourceFinding]:
+    try:
+        name = parse_split(text).name
+    except ValueError as error:
+        yield "split", "QT014", str(error), "of a file it is train, or a slice of it, e.g. train[:20%]"
+        return
+    if name != "train":
+        message = f'a file has one split, which is called train; split = "{text}" belongs to a dataset of the hub'
+        yield "split", "QT021", message, "use train, or a slice of it, e.g. train[:20%]"
+
+
+def _instruct(source: SourceConfig) -> Iterable[SourceFinding]:
+    for key in ("template", "template_no_input"):
+        problem = None if getattr(source, key) is None else _template_problem(getattr(source, key))
         if problem:
-            yield "template", "QT014", problem, 'write columns in braces, e.g. "Q: {prompt}\\nA: "'
+            yield key, "QT014", problem, 'write columns in braces, e.g. "Q: {prompt}\\nA: "'
+    if source.template is not None and source.prompt_column != "prompt":
+        message = "prompt_column has no meaning beside template, which names its columns itself"
+        yield "prompt_column", "QT021", message, f"write {{{source.prompt_column}}} in template, or leave template out"
+    pairs = [("input_column", "template_no_input"), ("template_no_input", "input_column")]
+    for key, other in [*pairs, ("input_column", "template")]:
+        if getattr(source, key) is not None and getattr(source, other) is None:
+            yield key, "QT022", f"{key} says which of two templates a row takes, and there is no {other}", None
+
+
+def _chat(source: SourceConfig) -> Iterable[SourceFinding]:
+    for role in source.roles:
+        if role not in ROLES:
+            message = f'expected the roles {", ".join(ROLES)}, found "{role}"'
+            yield "roles", "QT014", message, 'write the data\'s names behind them, e.g. {assistant = ["gpt"]}'
+    names = [(name, role) for role, names in source.roles.items() for name in names]
+    for name, role in names:
+        others = [other for another, other in names if another == name and other != role]
+        if name in ROLES and name != role:
+            others.append(name)
+        if others:
+            yield "roles", "QT020", f'"{name}" is the name of two roles, {role} and {others[0]}', None
+            break
+    keys = list(source.message_keys.values())
+    if len(set(keys)) != len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        yield "message_keys", "QT020", f'two keys of a message are read from "{twice}"', None
+    if source.loss_on == "all" and source.train_on_eos != "turn":
+        message = 'train_on_eos has no meaning beside loss_on = "all", which trains on every token'
+        yield "train_on_eos", "QT021", message, f"list roles: loss_on = {json.dumps(ROLES)}"
+
+
+def _loss_on(source: SourceConfig) -> Iterable[SourceFinding]:
+    if isinstance(source.loss_on, str):
+        return
+    known = ROLES if source.format == "chat" else ("user", "assistant")
+    if source.format == "completion":
+        yield "loss_on", "QT021", "completion has no roles and trains on everything", "leave loss_on out"
+    elif not source.loss_on:
+        yield "loss_on", "QT014", "expected at least one role, found an empty list", None
+    for role in source.loss_on:
+        if source.format != "completion" and role not in known:
+            message = f'expected roles among {", ".join(known)}, found "{role}"'
+            yield "loss_on", "QT014", message, 'or loss_on = "all"' if role == "all" else None
+
+
+def _data(data: DataConfig) -> Iterable[Finding]:
+    if data.eval_size is not None and data.eval:
+        message = "eval_size and [[data.eval]] both say what is evaluated on"
+        yield Finding(code="QT020", path=("data", "eval_size"), message=message, hint="remove one of them")
+    if data.overlong == "split" and not any(source.format == "completion" for source in (*data.train, *data.eval)):
+        message = 'overlong = "split" splits completion text, and no source has any'
+        hint = 'use "drop", which is what happens to other samples that are too long'
+        yield Finding(code="QT021", path=("data", "overlong"), message=message, hint=hint)
 
 
 def _template_problem(template: str) -> str | None:
@@ -152,11 +236,121 @@ def _adapter(adapter: AdapterConfig) -> Iterable[Finding]:
         yield Finding(code="QT021", path=("adapter", "loftq_iterations"), message=message)
 
 
+def _periods(evaluation: EvaluationConfig, checkpoint: CheckpointConfig) -> Iterable[Finding]:
+    for section, config in (("evaluation", evaluation), ("checkpoint", checkpoint)):
+        if config.every_steps is not None and config.per_epoch is not None:
+            message = "per_epoch and every_steps both say how often"
+            yield Finding(code="QT020", path=(section, "per_epoch"), message=message, hint="remove one of them")
+
+
+GPU_ATTENTION = ("flash_attention_2", "flash_attention_3", "flex_attention")
+"""Implementations of attention that train on a GPU only."""
+
+
+def _on_a_cpu(training: TrainingConfig, model: ModelConfig) -> Iterable[Finding]:
+    if training.device != "cpu":
+        return
+    gpu_only: tuple[tuple[tuple[str, str], bool, str], ...] = (
+        (("training", "optimizer"), training.optimizer.startswith("paged"), f'optimizer = "{training.optimizer}"'),
+        (("training", "tf32"), training.tf32, "tf32 = true"),
+        (
+            ("training", "activation_checkpointing"),
+            training.activation_checkpointing == "offload",
+            'activation_checkpointing = "offload"',
+        ),
+        (
+            ("model", "attn_implementation"),
+            model.attn_implementation in GPU_ATTENTION,
+            f'attn_implementation = "{model.attn_implementation}"',
+        ),
+    )
+    for path, chosen, text in gpu_only:
+        if chosen:
+            message = f'{text} is for a GPU, and [training] device = "cpu" trains on none'
+            yield Finding(code="QT021", path=path, message=message, hint="remove one of them")
+
+
+FIXED_CONFIG = {
+    "architectures": "the checkpoint decides it",
+    "auto_map": "the checkpoint decides it",
+    "model_type": "the checkpoint decides it",
+    "quantization_config": "say how the base is stored in [quantization]",
+    "vocab_size": "grow it with [model] added_tokens or pad_vocabulary_to_multiple_of",
+    "bos_token_id": "name the token in [model.special_tokens]",
+    "eos_token_id": "name the token in [model.special_tokens]",
+    "pad_token_id": "name the token in [model.special_tokens]",
+    "attn_implementation": "choose it with [model] attn_implementation",
+    "_attn_implementation": "choose it with [model] attn_implementation",
+    "dtype": "choose it with [training] precision",
+    "torch_dtype": "choose it with [training] precision",
+}
+"""Values of a `config.json` that a recipe can't replace, and what to do instead."""
+
+
+def _model_config(model: ModelConfig) -> Iterable[Finding]:
+    tables: list[tuple[tuple[str, ...], dict[str, Any]]] = [(("model", "config"), model.config)]
+    for path, table in tables:
+        for key, value in table.items():
+            if key in FIXED_CONFIG:
+                message = f"{key} of the base's config.json can't be replaced"
+                yield Finding(code="QT180", path=(*path, key), message=message, hint=FIXED_CONFIG[key])
+            elif isinstance(value, dict):
+                tables.append(((*path, key), value))
+
+
+def _adapter_parts(adapter: AdapterConfig) -> Iterable[Finding]:
+    """What PEFT's adapters on weights of experts can't be, and what is said twice."""
+    if adapter.target_parameters:
+        if adapter.use_dora:
+            yield Finding(
+                code="QT020",
+                path=("adapter", "use_dora"),
+                message="use_dora trains the magnitudes of linear layers' rows, which target_parameters don't have",
+                hint="leave out one of them",
+            )
+        if adapter.init not in ("default", "gaussian"):
+            yield Finding(
+                code="QT020",
+                path=("adapter", "init"),
+                message=f'init = "{adapter.init}" begins with a share of linear layers\' weights, which '
+                "target_parameters can't",
+                hint='use init = "default" or leave target_parameters out',
+            )
+    if adapter.start_from is not None and adapter.init != "default":
+        yield Finding(
+            code="QT020",
+            path=("adapter", "init"),
+            message=f'init = "{adapter.init}" and start_from both say how the adapter begins',
+            hint="remove one of them",
+        )
+    if adapter.targets == () and not adapter.target_parameters:
+        yield Finding(
+            code="QT022",
+            path=("adapter", "targets"),
+            message="an empty list of targets covers nothing",
+            hint='use "all-linear", name layers, or name weights of experts in target_parameters',
+        )
+    listed = () if isinstance(adapter.targets, str) else adapter.targets
+    for name in adapter.modules_to_save:
+        if name in listed:
+            yield Finding(
+                code="QT020",
+                path=("adapter", "modules_to_save"),
+                message=f'"{name}" is trained in full by modules_to_save and adapted by targets',
+                hint="name it in one of them",
+            )
+
+
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
     (("training",), _training),
     (("evaluation", "data"), _evaluation),
     (("data",), _sources),
+    (("data",), _data),
     (("model",), _model),
     (("adapter",), _adapter),
+    (("adapter",), _adapter_parts),
     (("adapter", "quantization"), _loftq),
+    (("evaluation", "checkpoint"), _periods),
+    (("training", "model"), _on_a_cpu),
+    (("model",), _model_config),
 )

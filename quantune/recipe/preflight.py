@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from quantune.recipe import chat_templates
 from quantune.recipe.load import LoadedRecipe
 from quantune.recipe.schema import Recipe
 from quantune.recipe.structure import Finding
@@ -18,18 +19,22 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def check_files(loaded: LoadedRecipe, recipe: Recipe, *, data: bool = True) -> None:
-    """Check the files of `recipe`, which is `loaded.recipe` with absolute paths; the data files only with `data`.
+    """Check the files of `recipe`, which is `loaded.recipe` with absolute paths; with `data` also those that only
+    training reads.
 
     Raises:
         RecipeError: files are missing, empty or not what they should be.
     """
     findings: list[Finding] = []
-    for key, rule in (("base", _base), ("tokenizer", _tokenizer), ("chat_template", _chat_template)):
+    rules = [("model", "base", _base), ("model", "tokenizer", _tokenizer), ("model", "chat_template", _chat_template)]
+    if data:
+        rules.append(("adapter", "start_from", _start_from))
+    for section, key, rule in rules:
         try:
             findings += rule(recipe)
         except OSError as error:  # no permission, a name too long, a disk that fails
-            message = f"{getattr(recipe.model, key)} can't be read: {error.strerror}"
-            findings.append(Finding(code="QT030", path=("model", key), message=message))
+            message = f"{getattr(getattr(recipe, section), key)} can't be read: {error.strerror}"
+            findings.append(Finding(code="QT030", path=(section, key), message=message))
     if data:
         findings += _data(recipe)
     if findings:
@@ -73,8 +78,28 @@ def _tokenizer(recipe: Recipe) -> Iterable[Finding]:
 
 def _chat_template(recipe: Recipe) -> Iterable[Finding]:
     template = recipe.model.chat_template
-    if template is not None and not Path(template).is_file():
-        yield Finding(code="QT030", path=("model", "chat_template"), message=f"there is no file {template}")
+    if template is not None and not chat_templates.template_path(template).is_file():
+        message = f"there is no file {template}"
+        hint = chat_templates.suggestion(template)
+        yield Finding(code="QT030", path=("model", "chat_template"), message=message, hint=hint)
+
+
+def _start_from(recipe: Recipe) -> Iterable[Finding]:
+    if recipe.adapter.start_from is None:
+        return
+    folder = Path(recipe.adapter.start_from)
+    where: tuple[str, ...] = ("adapter", "start_from")
+    if not folder.is_dir():
+        yield Finding(code="QT030", path=where, message=f"there is no folder {folder}")
+        return
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            pickled = name.endswith(".safetensors") and any(next(folder.glob(kind), None) for kind in PICKLES)
+            found = "only a pickled adapter" if pickled else f"no {name}"
+            message = f"expected an adapter in PEFT's format, found {found} in {folder}"
+            hint = "a pickle can run code when it is opened; PEFT's save_pretrained writes safetensors"
+            yield Finding(code="QT030", path=where, message=message, hint=hint if pickled else None)
+            return
 
 
 def _data(recipe: Recipe) -> Iterable[Finding]:

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import attrs
 
 from quantune.recipe.schema import Recipe, SourceConfig, SpecialTokensConfig
-from quantune.recipe.structure import _is_union
+from quantune.recipe.structure import is_union
 
 INTRODUCTION = """\
 # The recipe
@@ -32,7 +32,9 @@ All problems of a recipe are reported at once, each with its place, what was exp
 exit code is then 2:
 
     recipe.toml:14:1 [adapter.alpa] unknown key "alpa"  QT012
-      did you mean "alpha"?
+       14 | alpa = 32
+          | ^^^^
+          = did you mean "alpha"?
 
 This page is generated from the docstrings in `quantune/recipe/schema.py`.
 """
@@ -51,6 +53,23 @@ def field_docs(cls: type) -> dict[str, str]:
             if isinstance(text.value, ast.Constant) and isinstance(text.value.value, str):
                 docs[field.target.id] = " ".join(text.value.value.split())
     return docs
+
+
+def field_docs_if_any(cls: type) -> dict[str, str]:
+    """As `field_docs`; nothing for a class that was made in a shell, by `make_class`, or compiled."""
+    try:
+        return field_docs(cls)
+    except (OSError, TypeError, ValueError, SyntaxError, AssertionError):
+        return {}
+
+
+def literal_values(cls: type, key: str) -> tuple[Any, ...]:
+    """The values that a field of an attrs class takes, where its type is a Literal; none where it can't be told."""
+    try:
+        annotation = get_type_hints(cls)[key]
+    except Exception:  # annotations may be a plugin's code: names that exist for a checker only, and anything else
+        return ()
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def render(extra: Mapping[str, type] = MappingProxyType({})) -> str:
@@ -116,6 +135,6 @@ def type_words(annotation: Any) -> str:
     if get_origin(annotation) is dict:
         member = get_args(annotation)[1]
         return "table" if member is Any else f"table of {type_words(member)}s"
-    if _is_union(annotation):
+    if is_union(annotation):
         return " or ".join(type_words(member) for member in get_args(annotation) if member is not type(None))
     return str(annotation)

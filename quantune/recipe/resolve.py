@@ -8,6 +8,7 @@ from typing import Any
 
 import attrs
 
+from quantune.recipe import chat_templates
 from quantune.recipe.schema import Recipe
 
 
@@ -36,20 +37,22 @@ def with_absolute_paths(recipe: Recipe, recipe_path: Path) -> Recipe:
     assert base is not None
     template = recipe.model.chat_template
     directory = f"runs/{recipe_path.stem}" if recipe.output.dir == "auto" else os.path.expanduser(recipe.output.dir)
+    start = recipe.adapter.start_from
     return attrs.evolve(
         recipe,
+        adapter=attrs.evolve(recipe.adapter, start_from=None if start is None else absolute(start)),
         model=attrs.evolve(
             recipe.model,
             base=base,
             tokenizer=model_path(recipe.model.tokenizer),
-            chat_template=None if template is None else absolute(template),
+            chat_template=template if template is None or template in chat_templates.NAMES else absolute(template),
         ),
         data=attrs.evolve(recipe.data, train=sources(recipe.data.train), eval=sources(recipe.data.eval)),
         output=attrs.evolve(recipe.output, dir=directory),
     )
 
 
-_NO_TOKENS = {"additional_special_tokens": []}
+_NO_TOKENS: dict[str, Any] = {"additional_special_tokens": []}
 """What a table of special tokens holds that changes nothing."""
 
 

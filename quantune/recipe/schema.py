@@ -21,6 +21,9 @@ from quantune.recipe.checks import (
     positive_or_auto,
 )
 
+ROLES = ("system", "user", "assistant", "tool")
+"""Who can say something in a conversation."""
+
 
 @attrs.frozen(kw_only=True)
 class SpecialTokensConfig:
@@ -97,7 +100,8 @@ class AdapterConfig:
     """Probability of dropping an input of the adapter in training."""
     targets: str | tuple[str, ...] = attrs.field(default="all-linear", validator=patterns)
     """`all-linear` (every linear layer but the output head), a list of name suffixes (`["q_proj", "v_proj"]`; among
-    them `all-linear`), or one regular expression that must match a whole module name."""
+    them may be `all-linear`, the output head and embeddings; empty with `target_parameters` alone), or one regular
+    expression that must match a linear layer's whole name."""
     target_parameters: tuple[str, ...] = attrs.field(default=(), validator=patterns)
     """Weights of fused experts to adapt as well, as suffixes of their names, e.g. `["mlp.experts.gate_up_proj"]`."""
     start_from: str | None = attrs.field(default=None, validator=attrs.validators.optional(not_empty))

@@ -34,6 +34,10 @@ class Finding:
     hint: str | None = None
     origin: str | None = None
     """What set the value, when that was not the file."""
+    other: Path | None = None
+    """Another key that it is about, e.g. the one it contradicts."""
+    other_label: str = ""
+    """What that one says, e.g. `and this says int8`."""
 
     @property
     def where(self) -> str:
@@ -46,6 +50,10 @@ class Finding:
 
 class WrongType(ValueError):
     """A value is not of the type a field has."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 def structure(
@@ -60,7 +68,7 @@ def structure(
     except BaseValidationError as error:
         return None, list(_findings(error, prefix, cls, of, more))
     except (ValueError, TypeError) as error:
-        return None, [Finding(code="QT013", path=prefix, message=str(error))]
+        return None, [Finding(code="QT013", path=prefix, message=str(error), hint=getattr(error, "hint", None))]
 
 
 def _findings(error: BaseException, path: Path, cls: type | None, of: str, more: Sequence[str]) -> list[Finding]:
@@ -80,7 +88,7 @@ def _findings(error: BaseException, path: Path, cls: type | None, of: str, more:
             findings += _findings(member, (*path, *_step(member)), cls, of, more)
         return findings
     code = "QT013" if isinstance(error, WrongType) else "QT014"
-    return [Finding(code=code, path=path, message=str(error))]
+    return [Finding(code=code, path=path, message=str(error), hint=getattr(error, "hint", None))]
 
 
 def _step(error: BaseException) -> Path:
@@ -158,12 +166,13 @@ def _expected(annotation: Any) -> str:
     if get_origin(annotation) in (tuple, list):
         members = {str: "strings", int: "whole numbers", float: "numbers", bool: "booleans"}
         return f"a list of {members.get(get_args(annotation)[0], 'tables')}"
-    if _is_union(annotation):
+    if is_union(annotation):
         return " or ".join(_expected(member) for member in get_args(annotation) if member is not type(None))
     return "a table"
 
 
-def _is_union(annotation: Any) -> bool:
+def is_union(annotation: Any) -> bool:
+    """Whether an annotation is `A | B`."""
     return get_origin(annotation) in (Union, types.UnionType)
 
 
@@ -194,8 +203,8 @@ def _structure_literal(value: Any, annotation: Any) -> Any:
         return value
     names = [one for one in allowed if isinstance(one, str)]
     close = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
-    suggestion = f' (did you mean "{close[0]}"?)' if close else ""
-    raise WrongType(f"expected {_expected(annotation)}, found {describe(value)}{suggestion}")
+    hint = f'did you mean "{close[0]}"?' if close else None
+    raise WrongType(f"expected {_expected(annotation)}, found {describe(value)}", hint)
 
 
 def _class_hook(cls: Any) -> Any:
@@ -277,7 +286,7 @@ def _make_converter() -> cattrs.Converter:
     converter.register_structure_hook(float, _scalar((int, float), "a number", _float))
     converter.register_structure_hook(str, _scalar((str,), "a string"))
     converter.register_structure_hook(bool, _scalar((bool,), "true or false"))
-    converter.register_structure_hook_func(_is_union, _structure_union)
+    converter.register_structure_hook_func(is_union, _structure_union)
     converter.register_structure_hook_func(lambda t: get_origin(t) is Literal, _structure_literal)
     converter.register_structure_hook_factory(lambda t: get_origin(t) in (tuple, list), _list_hook)
     converter.register_structure_hook_factory(lambda t: get_origin(t) is dict, _dict_hook)

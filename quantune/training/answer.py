@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import attrs
 import torch
 
 from quantune.data.formats import read_prompt
@@ -36,8 +37,9 @@ def answer(
         InputError: the base or the adapter can't be used.
     """
     device = choose_device("auto")
-    base = open_base(recipe.model, recipe.quantization, allow_remote_code=allow_remote_code)
     trained_here = recipe.training.device == device.type
+    config = recipe.model if trained_here else attrs.evolve(recipe.model, attn_implementation="auto")  # a GPU's, say
+    base = open_base(config, recipe.quantization, allow_remote_code=allow_remote_code)
     dtype = DTYPES[choose_precision(recipe.training.precision if trained_here else "auto", device)]
     split = None
     if adapter is not None:

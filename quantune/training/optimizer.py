@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantune.errors import InputError
 from quantune.recipe.schema import TrainingConfig
 
 LR_RATIO = "lr_ratio"
@@ -15,7 +16,7 @@ LR_RATIO = "lr_ratio"
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW, or bitsandbytes' AdamW with moments in 8 bit, over what is trained, by name.
+    """torch's AdamW, or one of bitsandbytes', over what is trained, by name.
 
     `set_learning_rate` sets the learning rate at each step.
     """
@@ -30,9 +31,35 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConf
             weight_decay=config.weight_decay,
             fused=True,
         )
-    from bitsandbytes.optim import AdamW8bit
+    from bitsandbytes import optim
 
-    return AdamW8bit(groups, lr=config.learning_rate, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
+    kinds = {"adamw_8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw_8bit": optim.PagedAdamW8bit}
+    kind = kinds[config.optimizer]
+    return kind(groups, lr=config.learning_rate, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
+
+
+def require_optimizer(config: TrainingConfig, device: torch.device) -> None:
+    """Require that the optimizer a recipe asks for works on `device`.
+
+    Raises:
+        InputError: it pages a GPU's memory, and there is no GPU.
+    """
+    if config.optimizer.startswith("paged") and device.type == "cpu":
+        raise InputError(
+            f'[training] optimizer = "{config.optimizer}" moves its state out of a GPU\'s memory, and this run is on a '
+            f'CPU; use optimizer = "{config.optimizer.removeprefix("paged_")}"'
+        )
+
+
+def page_state(optimizer: torch.optim.Optimizer) -> None:
+    """Put the moments of a paged optimizer back into pages; bitsandbytes restores them as ordinary tensors."""
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, entries in optimizer.state.items():
+        for key in ("state1", "state2"):
+            if key in entries:
+                pages = optimizer.get_state_buffer(parameter, dtype=entries[key].dtype)  # type: ignore[attr-defined]  # bitsandbytes' have it
+                entries[key] = pages.copy_(entries[key])
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

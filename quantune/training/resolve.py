@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from typing import TypeVar
+
 import attrs
 import torch
 
-from quantune.model.device import choose_precision
-from quantune.recipe.schema import Recipe
+from quantune.errors import InputError
+from quantune.model.device import choose_precision, has_tf32
+from quantune.recipe.schema import CheckpointConfig, EvaluationConfig, Recipe, TrainingConfig
 from quantune.training.schedule import total_steps, warmup_steps
 
 MICRO_BATCH_TOKENS = 16_384
+Periodic = TypeVar("Periodic", EvaluationConfig, CheckpointConfig)
 
 
 def resolve(recipe: Recipe, *, device: torch.device, sample_count: int, longest: int) -> Recipe:
@@ -17,11 +22,28 @@ def resolve(recipe: Recipe, *, device: torch.device, sample_count: int, longest:
 
     Args:
         sample_count: training samples.
-        longest: tokens of the longest training sample.
+        longest: tokens of the longest training sample, padding included.
+
+    Raises:
+        InputError: the warm-up does not end within the run, or no evaluation comes up in it.
     """
     training = recipe.training
     total = total_steps(training, sample_count)
-    micro = training.micro_batch_size
+    if training.warmup_steps and training.warmup_steps >= total:
+        raise InputError(
+            f"[training] a warm-up of {training.warmup_steps} steps does not end within the run's {total} steps "
+            f"({sample_count} samples, {training.batch_size} a step); lower warmup_steps, or raise epochs or max_steps"
+        )
+    evaluation = _every_steps(recipe.evaluation, sample_count / training.batch_size)
+    never = evaluation.every_steps is None or evaluation.every_steps >= total
+    asked = "[[data.eval]]" if recipe.data.eval else "[data] eval_size" if recipe.data.eval_size else None
+    if asked is not None and never and not (evaluation.at_start or evaluation.at_end):
+        every = "no every_steps" if evaluation.every_steps is None else f"every_steps = {evaluation.every_steps}"
+        raise InputError(
+            f"{asked} is never evaluated in a run of {total} steps with {every}, at_start = false and at_end = "
+            f"false in [evaluation]; set one of them, or remove {asked}"
+        )
+    micro, checkpointing = training.micro_batch_size, training.activation_checkpointing
     return attrs.evolve(
         recipe,
         training=attrs.evolve(
@@ -31,11 +53,32 @@ def resolve(recipe: Recipe, *, device: torch.device, sample_count: int, longest:
             warmup_steps=min(warmup_steps(training, total), total - 1),
             warmup_ratio=None,
             micro_batch_size=_micro_batch_size(training.batch_size, longest) if micro == "auto" else micro,
+            activation_checkpointing=bool(checkpointing) if device.type == "cpu" else checkpointing,
+            tf32=training.tf32 and has_tf32(device),
             precision=choose_precision(training.precision, device),
             device="cuda" if device.type == "cuda" else "cpu",
         ),
+        evaluation=evaluation,
+        checkpoint=_every_steps(recipe.checkpoint, sample_count / training.batch_size),
         distributed=attrs.evolve(recipe.distributed, threads=torch.get_num_threads()),
     )
+
+
+def without_effect(training: TrainingConfig, device: torch.device) -> list[str]:
+    """A sentence on each option that a GPU would make use of and `device` does not: one recipe runs on all of them."""
+    sentences = []
+    if training.tf32 and not has_tf32(device):
+        sentences.append("[training] tf32 = true has no effect: this device has no TF32 arithmetic")
+    if training.activation_checkpointing == "offload" and device.type == "cpu":
+        sentences.append('[training] activation_checkpointing = "offload" is the same as true on a CPU')
+    return sentences
+
+
+def _every_steps(config: Periodic, steps_of_an_epoch: float) -> Periodic:
+    """The table with `every_steps` in place of `per_epoch`, rounded up so that an epoch never has more of them."""
+    if config.per_epoch is None:
+        return config
+    return attrs.evolve(config, every_steps=max(1, math.ceil(steps_of_an_epoch / config.per_epoch)), per_epoch=None)
 
 
 def _micro_batch_size(batch_size: int, longest: int) -> int:

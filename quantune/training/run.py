@@ -16,24 +16,27 @@ from quantune.checkpoint.commit import write_committed
 from quantune.checkpoint.fingerprint import environment, hash_files
 from quantune.checkpoint.run_folder import RunFolder
 from quantune.checkpoint.state import load_state, save_state
-from quantune.data import dataset as data
+from quantune.data.dataset import Dataset
+from quantune.data.prepare import prepare
 from quantune.errors import CheckpointError, InterruptedRun
-from quantune.model import adapter
-from quantune.model.adoption import kept_modules
-from quantune.model.base import Base, open_base, skeleton
+from quantune.model import adapter, targets
+from quantune.model.activations import offloading, recompute_blocks
+from quantune.model.base import Base, open_base, require_attention, skeleton
 from quantune.model.compilation import compile_blocks, require_compiler, suspended
-from quantune.model.device import DTYPES, choose_device
+from quantune.model.device import DTYPES, choose_device, tf32
 from quantune.model.initialization import Initialization
 from quantune.model.load import check_plan, load_model, module_table, packed_fingerprint
+from quantune.model.start import check_start, load_start
 from quantune.recipe.resolve import to_dict, to_toml
 from quantune.recipe.schema import Recipe
 from quantune.training.evaluate import evaluate
 from quantune.training.loop import Hooks, Job, Progress, StopRequest, fit
-from quantune.training.loss import build_loss
+from quantune.training.loss import Loss, build_loss
 from quantune.training.memory import measure_peak
 from quantune.training.observer import EvaluationResult, ModelSummary, Observer, StepMetrics
-from quantune.training.optimizer import build_optimizer
-from quantune.training.resolve import resolve
+from quantune.training.optimizer import build_optimizer, page_state, require_optimizer
+from quantune.training.packed_rows import RowLayout, layout_for
+from quantune.training.resolve import resolve, without_effect
 
 UNCHANGEABLE = ("model", "quantization", "adapter", "training")
 """Sections that must be the same when a run is resumed; the data is compared by its tokens."""
@@ -65,14 +68,23 @@ def train(
     device = choose_device(recipe.training.device)
     if recipe.training.compile:
         require_compiler(device)
+    require_optimizer(recipe.training, device)
+    require_attention(recipe.model, device)
+    for sentence in without_effect(recipe.training, device):
+        observer.warning(sentence)
 
     observer.phase("opening the base")
     base = open_base(recipe.model, recipe.quantization, allow_remote_code=allow_remote_code)
     meta = skeleton(base)
-    adapter.match_targets(meta, recipe.adapter)
+    targets.match_targets(meta, recipe.adapter)
+    targets.match_parameters(meta, recipe.adapter.target_parameters)
+    targets.require_trained_tokens(meta, base.additions, recipe.adapter)
     if recipe.quantization is not None:
-        check_plan(meta, recipe.quantization, device, () if base.stored is None else kept_modules(base.stored))
-    beside = adapter.left_out(meta) if recipe.adapter.targets == "all-linear" else []
+        check_plan(meta, recipe.quantization, device, base.stored)
+        targets.require_packed_target(meta, recipe.adapter, recipe.quantization, base.stored)
+    if recipe.adapter.start_from is not None:
+        check_start(Path(recipe.adapter.start_from), skeleton(base), recipe.adapter)
+    beside = targets.left_out(meta) if targets.takes_all_linear(recipe.adapter) else []
     if beside:
         observer.warning(
             f"all-linear leaves out {len(beside)} linear layers beside the experts, e.g. {beside[0]}: PEFT takes their "
@@ -81,13 +93,19 @@ def train(
     embedding: Any = meta.get_input_embeddings()
 
     observer.phase("reading the data")
-    dataset = data.build(recipe.data.train, recipe.data, base.tokenizer, vocabulary_size=embedding.num_embeddings)
+    data = prepare(
+        recipe.data,
+        base.tokenizer,
+        seed=recipe.training.seed,
+        vocabulary_size=embedding.num_embeddings,
+        observer=observer,
+    )
+    dataset, held_out = data.train, data.eval
     observer.data("train", dataset.counts)
-    held_out = None
-    if recipe.data.eval:
-        held_out = data.build(recipe.data.eval, recipe.data, base.tokenizer, vocabulary_size=embedding.num_embeddings)
+    if held_out is not None:
         observer.data("eval", held_out.counts)
-    longest = max(len(sample.input_ids) for sample in dataset.samples)
+    pad_to = recipe.data.max_length if recipe.data.pad_to_max_length else 0
+    longest = max(pad_to, *(len(sample.input_ids) for sample in dataset.samples))
     recipe = resolve(recipe, device=device, sample_count=len(dataset.samples), longest=longest)
 
     observer.phase("loading the base")
@@ -98,14 +116,19 @@ def train(
     optimizer = build_optimizer(parameters, recipe.training)
     inner = model.get_base_model()
     assert isinstance(inner, PreTrainedModel)
-    loss = build_loss(inner)
+    loss: Loss = build_loss(inner)
+    layout = layout_for(inner) if recipe.data.packing else RowLayout()
     if recipe.training.activation_checkpointing:
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_blocks(inner)
+    if recipe.training.activation_checkpointing == "offload":
+        loss = offloading(loss, inner)
     if recipe.training.compile:
         observer.phase("compiling: the first steps take longer, up to minutes")
         compile_blocks(inner)
 
     fingerprints = {**_fingerprints(recipe, base, dataset), "the packed weights": packed}
+    if recipe.data.eval_size is not None and held_out is not None:
+        fingerprints["the tokens of the held-out data"] = held_out.fingerprint()
     if split is not None:
         fingerprints["the weights that the adapter's share was taken out of"] = split.dense_digest.hexdigest()
     progress = Progress()
@@ -114,7 +137,8 @@ def train(
     else:
         folder.clear()
     folder.write_recipe(to_toml(recipe))
-    folder.write_manifest({**environment(), "device": summary.device, "fingerprints": fingerprints})
+    counts = {part: attrs.asdict(read.counts) for part, read in (("train", dataset), ("eval", held_out)) if read}
+    folder.write_manifest({**environment(), "device": summary.device, "data": counts, "fingerprints": fingerprints})
     folder.write_status("running", progress.step)
 
     evaluations: list[EvaluationResult] = []
@@ -135,6 +159,7 @@ def train(
                 pad_id=base.pad_id,
                 device=device,
                 step=step,
+                pad_to=pad_to,
             )
         folder.metrics.append({"event": "evaluation", **attrs.asdict(result)})
         evaluations.append(result)
@@ -169,15 +194,17 @@ def train(
         total_steps=recipe.training.max_steps,
         warmup_steps=recipe.training.warmup_steps,
         micro_batch_size=recipe.training.micro_batch_size,
+        pad_to=pad_to,
+        layout=layout,
     )
-    with StopRequest().listening() as stop:
+    with StopRequest().listening() as stop, tf32(recipe.training.tf32):
         if recipe.evaluation.at_start and progress.step == 0:
             run_evaluation(0)
         finished = fit(job, progress, Hooks(record=record, evaluate=run_evaluation, save=save), observer, stop)
         if not finished:
             folder.write_status("interrupted", progress.step)
             raise InterruptedRun(f"stopped after step {progress.step} and saved; --resume goes on from there")
-    _publish_adapter(model, folder)
+    _publish_adapter(model, base, folder)
     folder.write_status("finished", progress.step)
     return RunResult(
         folder=folder.path,
@@ -200,6 +227,8 @@ def _load(
     peft_model = adapter.attach(
         model, recipe.adapter, base_name=base.source, seed=recipe.training.seed, initialization=split
     )
+    if recipe.adapter.start_from is not None:
+        load_start(peft_model, Path(recipe.adapter.start_from))
     summary = ModelSummary(
         base=base.name,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -213,7 +242,7 @@ def _load(
     return peft_model, summary, packed
 
 
-def _fingerprints(recipe: Recipe, base: Base, dataset: data.Dataset) -> dict[str, Any]:
+def _fingerprints(recipe: Recipe, base: Base, dataset: Dataset) -> dict[str, Any]:
     """What a resumed run must share with the run that wrote the checkpoint."""
     document = to_dict(recipe)
     prints: dict[str, Any] = {f"[{section}]": document.get(section) for section in UNCHANGEABLE}
@@ -222,6 +251,8 @@ def _fingerprints(recipe: Recipe, base: Base, dataset: data.Dataset) -> dict[str
         prints["the files of the base"] = hash_files(base.folder.glob("*.safetensors"))
     else:
         prints["the revision of the base"] = getattr(base.config, "_commit_hash", None)
+    if recipe.adapter.start_from is not None:
+        prints["the adapter that training starts from"] = hash_files(Path(recipe.adapter.start_from).glob("adapter_*"))
     return prints
 
 
@@ -237,10 +268,15 @@ def _restore(
         raise CheckpointError(f"no checkpoint in {folder.path} is whole; --overwrite starts the run again")
     observer.phase(f"resuming from {checkpoint.name}")
     progress = Progress(**load_state(checkpoint, parameters=parameters, optimizer=optimizer, fingerprints=fingerprints))
+    page_state(optimizer)
     folder.metrics.truncate_after(progress.step)
     return progress
 
 
-def _publish_adapter(model: PeftModel, folder: RunFolder) -> None:
+def _publish_adapter(model: PeftModel, base: Base, folder: RunFolder) -> None:
+    def write(path: Path) -> None:
+        adapter.save_adapter(model, path)
+        base.tokenizer.save_pretrained(path)  # with the tokens that were added: whoever loads the adapter needs them
+
     # replaced: an attempt may have died between writing the adapter and saying that it was finished
-    write_committed(folder.path, folder.adapter.name, lambda path: adapter.save_adapter(model, path), replace=True)
+    write_committed(folder.path, folder.adapter.name, write, replace=True)

@@ -20,6 +20,8 @@ import quantune
         ["--version"],
         ["check", QUICKSTART],
         ["check", QUICKSTART, "--json"],
+        ["schema"],
+        ["init", "--help"],
         ["backends", "list"],
         ["backends", "list", "--json"],
         ["backends", "show", "bnb"],
@@ -77,9 +79,17 @@ def test_check_takes_a_recipe_in_a_folder_with_brackets_in_its_name(tmp_path):
 def test_a_wrong_recipe_shows_each_problem_with_its_line_and_a_caret(tmp_path):
     said = refused("check", recipe(tmp_path, "[adapter]\nalpa = 3\nr = 0"))
     assert f'{tmp_path}/recipe.toml:9:1 [adapter.alpa] unknown key "alpa"  QT012' in said
-    assert "    9 | alpa = 3\n        ^\n" in said
-    assert 'did you mean "alpha"?' in said
-    assert "2 problems in the recipe" in said
+    assert '    9 | alpa = 3\n      | ^^^^\n      = did you mean "alpha"?\n' in said
+    assert "   10 | r = 0\n      |     ^\n" in said
+    assert "2 problems in the recipe; quantune explain QT012 tells more" in said
+
+
+def test_the_problems_of_a_wrong_recipe_are_printed_as_json(tmp_path):
+    done = quantune_command("check", recipe(tmp_path, "[adapter]\nalpa = 3\nr = 0"), "--json")
+    assert done.returncode == 2 and done.stderr == ""
+    unknown, range_ = json.loads(done.stdout)["problems"]
+    assert (unknown["code"], unknown["line"], unknown["column"], unknown["underline"]) == ("QT012", 9, 1, [1, 4])
+    assert (range_["code"], range_["where"], range_["underline"]) == ("QT014", "adapter.r", [5, 1])
 
 
 def test_the_hundredth_line_is_written_as_a_number(tmp_path):

@@ -9,7 +9,7 @@ from support import base_of, quantization
 from transformers import AutoModelForCausalLM
 
 from quantune.errors import ModelError
-from quantune.model import adapter
+from quantune.model import adapter, targets
 from quantune.model.base import skeleton
 from quantune.model.load import load_model
 from quantune.model.lora_layer import QuantLoraLinear
@@ -51,6 +51,9 @@ CONFIGS = {
     "suffixes": AdapterConfig(r=4, targets=("q_proj", "mlp.down_proj")),
     "pattern": AdapterConfig(r=4, targets=r".*layers\.1\..*(k|v)_proj"),
     "head saved": AdapterConfig(r=4, modules_to_save=("lm_head",)),
+    "head adapted": AdapterConfig(r=4, targets=("all-linear", "lm_head")),
+    "embedding adapted": AdapterConfig(r=4, targets=("q_proj", "embed_tokens"), dropout=0.1),
+    "dora on both": AdapterConfig(r=4, targets=("embed_tokens", "lm_head"), use_dora=True),
 }
 
 
@@ -148,17 +151,50 @@ def test_peft_merges_into_the_packed_weight_and_refuses_to_undo_it(llama):
         (AdapterConfig(targets=("q_proj", "nothing")), r'"nothing" matches no linear layer.*down_proj \(x2\)'),
         (AdapterConfig(targets="q_proj"), r"a string is one regular expression over whole names"),
         (AdapterConfig(targets="(.*"), "expected a regular expression"),
+        (AdapterConfig(targets=()), "targets is an empty list"),
+        (AdapterConfig(targets=("all-linear", "lm_haed")), r'"lm_haed" matches no .* \(did you mean "lm_head"\?\)'),
         (AdapterConfig(modules_to_save=("lm_haed",)), r'found "lm_haed", .* \(did you mean "lm_head"\?\)'),
     ],
 )
 def test_targets_that_match_nothing_list_the_linear_layers_there_are(llama, config, message):
     with pytest.raises(ModelError, match=message):
-        adapter.match_targets(skeleton(base_of(llama)), config)
+        targets.match_targets(skeleton(base_of(llama)), config)
 
 
 def test_all_linear_leaves_the_output_head_out(llama):
-    matched = adapter.match_targets(skeleton(base_of(llama)), AdapterConfig())
+    matched = targets.match_targets(skeleton(base_of(llama)), AdapterConfig())
     assert len(matched) == 14 and "lm_head" not in matched
+
+
+def test_a_list_unites_all_linear_with_what_it_names_beside(llama):
+    meta = skeleton(base_of(llama))
+    both = targets.match_targets(meta, AdapterConfig(targets=("all-linear", "lm_head", "embed_tokens")))
+    assert sorted({*both} - {*targets.match_targets(meta, AdapterConfig())}) == ["lm_head", "model.embed_tokens"]
+    model = adapter.attach(load(llama), AdapterConfig(targets=("all-linear", "lm_head")), base_name="b", seed=0)
+    assert sorted(model.targeted_module_names) == sorted({*both} - {"model.embed_tokens"})
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+@pytest.mark.parametrize("names", [("q_proj", "lm_head"), ("embed_tokens",), ("embed_tokens", "lm_head")])
+def test_a_tied_embedding_and_head_are_adapted_apart(tied_llama, tmp_path, names):
+    model = trained(tied_llama, AdapterConfig(targets=names))
+    adapter.save_adapter(model, tmp_path)
+    plain = PeftModel.from_pretrained(dequantized(tied_llama), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, plain(TOKENS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_one_tied_weight_is_not_adapted_and_trained_in_full(tied_llama):
+    config = AdapterConfig(targets=("q_proj", "lm_head"), modules_to_save=("embed_tokens",))
+    with pytest.raises(ModelError, match='covers "lm_head" and modules_to_save "embed_tokens", which are one weight'):
+        targets.match_targets(skeleton(base_of(tied_llama)), config)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_embeddings_and_the_head_give_no_share_to_an_initialization(llama, init):
+    config = AdapterConfig(targets=("q_proj", "embed_tokens"), init=init)
+    with pytest.raises(ModelError, match=f'init = "{init}" takes a share .* leave "embed_tokens" out of targets'):
+        targets.match_targets(skeleton(base_of(llama)), config)
 
 
 def test_a_folder_without_an_adapter_and_a_pickled_one_are_refused(llama, tmp_path):

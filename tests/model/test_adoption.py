@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from model.conftest import HEADS, SIZES
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support import base_of, dequantize_expert, quantization
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
@@ -218,3 +219,20 @@ def test_an_initialization_that_changes_weights_is_refused(deepseek_fp8):
     split = adapter.build_initialization(load(deepseek_fp8, "fp8"), AdapterConfig(init="pissa"), seed=0)
     with pytest.raises(ModelError, match=r'init = "pissa" changes the weights before they are packed'):
         load_model(base, quantization(backend="fp8"), compute_dtype=torch.float32, device=CPU, initialization=split)
+
+
+def test_experts_that_were_taken_over_can_be_adapted(gpt_oss_mxfp4, tmp_path):
+    names = ("experts.gate_up_proj", "experts.down_proj")
+    model = adapter.attach(load(gpt_oss_mxfp4, "mxfp4"), AdapterConfig(target_parameters=names), base_name="b", seed=0)
+    for parameter in adapter.trainable_parameters(model).values():
+        parameter.data += torch.randn_like(parameter) * 0.02
+    adapter.save_adapter(model.eval(), tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(
+        gpt_oss_mxfp4,
+        dtype=torch.bfloat16,
+        quantization_config=TransformersMxfp4Config(dequantize=True),
+        experts_implementation="eager",
+    ).float()
+    plain = PeftModel.from_pretrained(plain, tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(TOKENS).logits, plain(TOKENS).logits, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from quantune.errors import ModelError, QuantizationError
-from quantune.model import adapter
+from quantune.model import adapter, targets
 from quantune.model.load import load_model, module_table, packed_fingerprint, packed_weights
 from quantune.quantized import experts
 from quantune.quantized.linear import QuantLinear
@@ -161,7 +161,7 @@ def test_a_damaged_expert_is_named(mixtures, tmp_path):
 @pytest.mark.parametrize("name", MIXTURES)
 def test_an_adapter_on_all_linear_layers_leaves_the_experts_to_the_base(mixtures, name, tmp_path):
     base = load(mixtures[name])
-    wanted = adapter.match_targets(base, AdapterConfig())
+    wanted = targets.match_targets(base, AdapterConfig())
     model = adapter.attach(base, AdapterConfig(r=2), base_name="b", seed=0)
     adapted = [path for path, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")]
     assert sorted(adapted) == sorted(wanted) and adapted
@@ -178,10 +178,10 @@ def test_an_adapter_on_all_linear_layers_leaves_the_experts_to_the_base(mixtures
 def test_names_that_peft_takes_for_experts_are_no_targets(mixtures):
     """DeepSeek has dense and shared `up_proj` beside the experts; PEFT would adapt the experts in their place."""
     base = load(mixtures["deepseek_v3"])
-    assert {name.rpartition(".")[2] for name in adapter.left_out(base)} == {"gate_proj", "up_proj", "down_proj"}
+    assert {name.rpartition(".")[2] for name in targets.left_out(base)} == {"gate_proj", "up_proj", "down_proj"}
     with pytest.raises(ModelError, match='PEFT takes "up_proj" for the fused weights'):
-        adapter.match_targets(base, AdapterConfig(targets=("q_b_proj", "up_proj")))
-    assert adapter.left_out(load(mixtures["gpt_oss"])) == []
+        targets.match_targets(base, AdapterConfig(targets=("q_b_proj", "up_proj")))
+    assert targets.left_out(load(mixtures["gpt_oss"])) == []
 
 
 def test_experts_are_no_linear_layers():

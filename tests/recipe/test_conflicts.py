@@ -76,7 +76,7 @@ from recipe_support import VALID, load, problems, write
         (
             '[[data.train]]\npath = "x.csv"\nsplit = "test"\nformat = "chat"',
             "data.train[1].split",
-            "has no meaning beside path",
+            "a file has one split, which is called train",
         ),
         ('[[data.train]]\npath = "x.txt"\nformat = "chat"', "data.train[1].path", "expected a file ending in .jsonl"),
         (
@@ -172,3 +172,72 @@ def test_loftq_needs_packed_weights(tmp_path):
 def test_loftq_iterations_belong_to_loftq(tmp_path):
     (problem,) = problems(write(tmp_path, VALID.replace("r = 8", "r = 8\nloftq_iterations = 3")))
     assert problem.where == "adapter.loftq_iterations" and 'no meaning for init = "default"' in problem.message
+
+
+@pytest.mark.parametrize(
+    ("line", "where", "found"),
+    [
+        ('optimizer = "paged_adamw"', "training.optimizer", 'optimizer = "paged_adamw" is for a GPU'),
+        ("tf32 = true", "training.tf32", "tf32 = true is for a GPU"),
+        ('activation_checkpointing = "offload"', "training.activation_checkpointing", "is for a GPU"),
+    ],
+)
+def test_what_only_a_gpu_can_do_excludes_training_on_a_cpu(tmp_path, line, where, found):
+    (problem,) = problems(write(tmp_path, VALID + f'device = "cpu"\n{line}\n'))
+    assert (problem.code, problem.where) == ("QT021", where) and found in problem.message
+    load(write(tmp_path, VALID + f"{line}\n"))  # on a machine with a GPU it may be right
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flex_attention"])
+def test_attention_for_a_gpu_excludes_training_on_a_cpu(tmp_path, name):
+    text = VALID.replace("builtin:mini", f'builtin:mini"\nattn_implementation = "{name}') + 'device = "cpu"\n'
+    (problem,) = problems(write(tmp_path, text))
+    assert (problem.code, problem.where) == ("QT021", "model.attn_implementation")
+
+
+@pytest.mark.parametrize("section", ["evaluation", "checkpoint"])
+def test_two_ways_to_say_how_often_are_one_too_many(tmp_path, section):
+    text = VALID + f'[[data.eval]]\npath = "e.jsonl"\nformat = "chat"\n[{section}]\nper_epoch = 2\nevery_steps = 5\n'
+    (problem,) = problems(write(tmp_path, text))
+    assert (problem.code, problem.where) == ("QT020", f"{section}.per_epoch")
+
+
+def test_evaluations_per_epoch_need_something_to_evaluate_on(tmp_path):
+    (problem,) = problems(write(tmp_path, VALID + "[evaluation]\nper_epoch = 2\n"))
+    assert (problem.code, problem.where) == ("QT022", "evaluation.per_epoch")
+
+
+def test_what_quantune_decides_can_not_be_replaced_in_the_bases_configuration(tmp_path):
+    table = "[model.config]\nvocab_size = 5\nrope_theta = 5e5\n[model.config.text_config]\nquantization_config = {}\n"
+    found = problems(write(tmp_path, VALID + table))
+    assert [(problem.code, problem.where, problem.line) for problem in found] == [
+        ("QT180", "model.config.vocab_size", VALID.count("\n") + 2),
+        ("QT180", "model.config.text_config.quantization_config", VALID.count("\n") + 5),
+    ]
+    assert all(problem.hint for problem in found)
+
+
+@pytest.mark.parametrize(
+    ("keys", "where", "message"),
+    [
+        ('target_parameters = ["down_proj"]\nuse_dora = true', "adapter.use_dora", "target_parameters don't have"),
+        ('target_parameters = ["down_proj"]\ninit = "pissa"', "adapter.init", "target_parameters can't"),
+        ('start_from = "a"\ninit = "gaussian"', "adapter.init", "both say how the adapter begins"),
+        ('modules_to_save = ["norm", "q_proj"]', "adapter.modules_to_save", '"q_proj" is trained in full'),
+    ],
+)
+def test_an_adapter_that_can_not_be_both_is_refused(tmp_path, keys, where, message):
+    (problem,) = problems(write(tmp_path, VALID.replace("r = 8", f"r = 8\n{keys}")))
+    assert (problem.code, problem.where) == ("QT020", where) and message in problem.message and problem.hint
+
+
+def test_an_empty_list_of_targets_needs_weights_of_experts(tmp_path):
+    text = VALID.replace('["q_proj", "v_proj"]', "[]")
+    (problem,) = problems(write(tmp_path, text))
+    assert (problem.code, problem.where) == ("QT022", "adapter.targets")
+    load(write(tmp_path, text.replace("r = 8", 'r = 8\ntarget_parameters = ["down_proj"]')))
+
+
+def test_a_gaussian_adapter_on_experts_is_no_contradiction(tmp_path):
+    keys = 'target_parameters = ["down_proj"]\ninit = "gaussian"'
+    load(write(tmp_path, VALID.replace("r = 8", f"r = 8\n{keys}")))

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from recipe_support import VALID, load, options_of, problems, write
 
+from quantune.errors import Place
 from quantune.recipe import codes
 from quantune.recipe.load import load_recipe
+from quantune.recipe.structure import Finding
 
 
 def test_a_valid_recipe_is_structured_with_defaults_and_backend_options(tmp_path):
@@ -67,7 +69,7 @@ CASES = [
         'one of "chat", "instruct", "alpaca", "completion"',
         None,
     ),
-    ('"nf4"', '"nf5"', "QT013", 6, "quantization.weight_dtype", '(did you mean "nf4"?)', None),
+    ('"nf4"', '"nf5"', "QT013", 6, "quantization.weight_dtype", 'found "nf5" (a string)', 'did you mean "nf4"?'),
     ("[model]\n", "adapter = 3\n[model]\n", "QT002", 9, "recipe", "not valid TOML", None),
     ("r = 8", "r = 0", "QT014", 9, "adapter.r", "must be greater than 0, found 0", None),
     ("r = 8", "r = -8", "QT014", 9, "adapter.r", "must be greater than 0, found -8", None),
@@ -384,3 +386,30 @@ def test_problems_of_overrides_and_of_the_file_are_reported_together(tmp_path):
         ("--set training.max_steps=0", None),
         (str(path), 9),
     }
+
+
+def test_a_byte_order_mark_and_windows_line_ends_leave_the_places_as_they_are(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + VALID.replace("[model]", "modle = 1\n[model]").replace("\n", "\r\n").encode())
+    (problem,) = problems(path)
+    assert (problem.line, problem.column, problem.source_line, problem.underline) == (1, 1, "modle = 1", (1, 5))
+
+
+def test_what_is_underlined_is_the_key_or_the_value_that_is_wrong(tmp_path):
+    text = VALID.replace("r = 8", "r   =   -80").replace('format = "chat"', 'formt  = "chat"')
+    wrong, lacking, unknown = problems(write(tmp_path, text))
+    assert wrong.where == "adapter.r" and (wrong.column, wrong.underline) == (1, (9, 3))
+    assert lacking.where == "data.train[0].format" and lacking.source_line == "[[data.train]]"
+    assert unknown.where == "data.train[0].formt" and unknown.underline == (1, 5)
+
+
+def test_a_finding_about_two_keys_shows_both_places_wherever_they_were_set(tmp_path):
+    finding = Finding(
+        code="QT020", path=("training", "max_steps"), message="", other=("adapter", "r"), other_label="and this says 8"
+    )
+    path = write(tmp_path, VALID)
+    (problem,) = load_recipe(path, options_of=options_of).error([finding]).problems
+    (other,) = problem.related
+    assert (problem.line, other.line, other.source_line, other.label) == (17, 9, "r = 8", "and this says 8")
+    overridden = load_recipe(path, options_of=options_of, overrides=["adapter.r=4"]).error([finding])
+    assert overridden.problems[0].related == (Place(origin="--set adapter.r=4", label="and this says 8"),)

@@ -1,8 +1,10 @@
 """Lines and columns of keys, however TOML lets them be written."""
 
 import pytest
+import tomli
+from toml_documents import Document
 
-from quantune.recipe.positions import locate
+from quantune.recipe.positions import key_span, locate, value_span
 
 TEXT = '''\
 # r = 1 in a comment
@@ -37,7 +39,7 @@ path = "b"   # path
         (("adapter", "r"), (3, 1)),
         (("adapter", "quoted key"), (4, 1)),
         (("adapter", "targets"), (5, 1)),
-        (("adapter", "targets", 1), (5, 1)),
+        (("adapter", "targets", 1), (7, 5)),
         (("adapter", "note"), (9, 1)),
         (("training", "optimizer", "name"), (14, 11)),
         (("training", "inline", "seed"), (15, 19)),
@@ -119,3 +121,39 @@ def test_headers_of_arrays_of_tables_are_found_by_index():
 def test_windows_line_ends_and_unicode_separators_keep_the_lines():
     text = 'a = "x\u2028y"  # \u2028\r\n\r\nb = """\r\nb = 1\r\n"""\r\nc = 3'
     assert [locate(text, (key,)) for key in "abc"] == [(1, 1), (3, 1), (6, 1)]
+
+
+def test_inline_tables_over_several_lines_as_toml_1_1_has_them():
+    text = "a = {\n  r = 1,  # r = 0\n  s = [\n    2,\n  ],\n}\nb = 3"
+    assert [locate(text, path) for path in (("a", "r"), ("a", "s", 0), ("b",))] == [(2, 3), (4, 5), (7, 1)]
+
+
+def test_a_table_without_a_header_is_where_it_is_mentioned_first():
+    text = "[a.b]\nr = 1\n[c.d]\n[a.c]\n[c]\n"
+    assert [locate(text, path) for path in (("a",), ("c",))] == [(1, 2), (5, 2)]
+
+
+def test_lists_nested_as_deeply_as_the_parser_takes_them():
+    text = f"a = {'[' * 400}{']' * 400}"
+    tomli.loads(text)
+    assert locate(text, ("a", *[0] * 399)) == (1, 404)
+
+
+def test_in_any_document_every_key_and_value_is_where_it_was_written():
+    for seed in range(2000):
+        document = Document(seed)
+        parsed = list(paths(tomli.loads(document.text.removeprefix("\ufeff"))))
+        assert {path: tuple_of(key_span(document.text, path)) for path in parsed} == document.keys, seed
+        values = {path: value_span(document.text, path) for path in parsed}
+        assert {path: tuple_of(span) for path, span in values.items() if span} == document.values, seed
+
+
+def paths(node, prefix=()):
+    members = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, member in members:
+        yield (*prefix, key)
+        yield from paths(member, (*prefix, key))
+
+
+def tuple_of(span):
+    return span and (span.line, span.column, span.length)

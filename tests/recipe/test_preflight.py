@@ -118,3 +118,25 @@ def test_a_name_that_the_file_system_refuses_is_a_problem_and_no_crash(tmp_path)
         ("model.base", True),
         ("data.train[0].path", True),
     ]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (None, "there is no folder"),
+        ([], "found no adapter_config.json"),
+        (["adapter_config.json"], "found no adapter_model.safetensors"),
+        (["adapter_config.json", "adapter_model.bin"], "found only a pickled adapter"),
+    ],
+)
+def test_an_adapter_to_start_from_is_looked_at_beside_the_recipe(tmp_path, files, message):
+    (tmp_path / "train.jsonl").write_text("{}")
+    if files is not None:
+        (tmp_path / "before").mkdir()
+    for name in files or ():
+        (tmp_path / "before" / name).write_text("{}")
+    with pytest.raises(RecipeError) as caught:
+        check(tmp_path, VALID.replace("r = 8", 'r = 8\nstart_from = "before"'))
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.where) == ("QT030", "adapter.start_from") and message in problem.message
+    assert str(tmp_path / "before") in problem.message

@@ -10,7 +10,7 @@ import shutil
 import attrs
 import pytest
 import torch
-from support import FORMATS, quantization
+from support import FORMATS, Silent, quantization
 
 from quantune.checkpoint.run_folder import RunFolder
 from quantune.model import adapter
@@ -49,13 +49,6 @@ CLOSE = {
 }
 """How far a format's training losses may be from the unquantized run's: mean relative difference over all steps."""
 every_format = pytest.mark.parametrize("name", FORMATS)
-
-
-class Silent:
-    """An observer that looks away."""
-
-    def __getattr__(self, name):
-        return lambda *arguments: None
 
 
 def recipe(folder, name, **changes):

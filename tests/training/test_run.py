@@ -33,6 +33,7 @@ limit = 4
 max_steps = 8
 batch_size = 4
 learning_rate = 1e-3
+precision = "fp32"
 
 [evaluation]
 every_steps = 3
@@ -112,7 +113,7 @@ def test_a_run_leaves_its_recipe_manifest_metrics_checkpoints_and_adapter(folder
     assert resolved["training"]["micro_batch_size"] == 4 and resolved["training"]["warmup_steps"] == 0
     assert resolved["quantization"]["block_size"] == 64
     files = {path.suffix for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
-    assert files <= {".json", ".jsonl", ".toml", ".safetensors", ".md"}  # nothing pickled
+    assert files <= {".json", ".jsonl", ".toml", ".safetensors", ".md", ".jinja"}  # nothing pickled
 
     again = quantune("run", recipe_for(folder), check=False)
     assert again.returncode == 2 and "holds a finished run" in again.stderr
