@@ -978,10 +978,10 @@ messages_column = "conversations"  # was: field_messages
 
 [training]
 # micro_batch_size x gradient_accumulation_steps x 1 process; --processes N if it ran in more
-batch_size = 8            # was: micro_batch_size, gradient_accumulation_steps
+batch_size = 8       # was: micro_batch_size, gradient_accumulation_steps
 micro_batch_size = 2
 learning_rate = 0.0001
-schedule = "cosine"       # was: lr_scheduler
+schedule = "cosine"  # was: lr_scheduler
 warmup_ratio = 0.1
 # bitsandbytes' 8-bit AdamW in place of torchao's
 optimizer = "adamw_8bit"

@@ -98,8 +98,19 @@ def _spelling(leaf: Leaf) -> Outcome:
         return writes({("quantization", "experts"): flag(leaf.value)}) if made else same()
     if not made:
         return same() if is_off(leaf.value) else refuse("it quantizes nothing without the key that names the format")
-    own = {path: value for path, value in made.items() if path[1] == leaf.name}
-    return writes(own or made)
+    return writes(_share(leaf, made))
+
+
+def _share(leaf: Leaf, made: Mapping[RecipePath, Any]) -> Mapping[RecipePath, Any]:
+    """The part of the table that a key says: in the flat form its own, and `backend` what no key beside it names."""
+    holder = leaf.config.values
+    for step in leaf.path[:-1]:
+        holder = holder[step]
+    if "backend" not in holder:
+        return made
+    if leaf.name == "backend":
+        return {path: value for path, value in made.items() if path[1] == "backend" or path[1] not in holder}
+    return {path: value for path, value in made.items() if path[1] == leaf.name} or made
 
 
 def _adapter(leaf: Leaf) -> Outcome:
