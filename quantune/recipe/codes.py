@@ -156,6 +156,16 @@ CODES = (
         corrected='[quantization]\nbackend = "mxfp4"\nskip = ["lm_head"]',
     ),
     Code(
+        name="QT150",
+        title="The base is already quantized in another way.",
+        explanation="The checkpoint's config.json says that its weights are quantized, and quantizing them once more "
+        "would lose what they still hold. A checkpoint in MXFP4 or in FP8 blocks is taken over bit for bit, with the "
+        "backend of that name or without [quantization]. Of any other format (AWQ, GPTQ, bitsandbytes, ...) the "
+        "unquantized base is needed, which its model card usually names.",
+        example='[model]\nbase = "models/llama-awq"\n\n[quantization]\nbackend = "bnb"',
+        corrected='[model]\nbase = "models/llama"\n\n[quantization]\nbackend = "bnb"',
+    ),
+    Code(
         name="QT180",
         title="A value of the base's config.json can't be replaced.",
         explanation="[model] config replaces values of the base's configuration. Some of them describe the weights of "

@@ -15,6 +15,7 @@ from quantune.recipe import conflicts, legacy, positions
 from quantune.recipe.overrides import apply_override, parse_path
 from quantune.recipe.schema import QuantizationConfig, Recipe
 from quantune.recipe.structure import Finding, structure
+from quantune.recipe.syntax import toml_problem
 
 OptionsOf = Callable[[str], type]
 OF_VALUES = ("QT013", "QT014", "QT015", "QT030")
@@ -77,7 +78,7 @@ def load_recipe(
     try:
         document = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
-        raise RecipeError([_toml_problem(error, text, path)]) from error
+        raise RecipeError([toml_problem(error, text, path)]) from error
     except (ValueError, RecursionError) as error:  # tomli's answer to thousands of digits and to nesting hundreds deep
         reason = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
         problem = Problem(code="QT002", where="recipe", message=f"not usable TOML: {reason}", origin=str(path))
@@ -189,20 +190,6 @@ def _read(path: Path) -> str:
         raise problem(f"expected UTF-8 text, found other bytes at position {error.start}") from None
     except OSError as error:
         raise problem(f"can't be read: {error.strerror}") from None
-
-
-def _toml_problem(error: tomli.TOMLDecodeError, text: str, path: Path) -> Problem:
-    line, column = error.lineno, error.colno
-    lines = positions.lines_of(text)
-    return Problem(
-        code="QT002",
-        where="recipe",
-        message=f"not valid TOML: {error.msg[0].lower()}{error.msg[1:]}",
-        origin=str(path),
-        line=line,
-        column=column,
-        source_line=lines[line - 1] if line <= len(lines) else None,
-    )
 
 
 def _error(findings: Iterable[Finding], text: str, path: Path, origins: dict[positions.Path, str]) -> RecipeError:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+import attrs
 
 from quantune.recipe.load import LoadedRecipe
-from quantune.recipe.schema import Recipe
+from quantune.recipe.schema import QuantizationConfig, Recipe
 from quantune.recipe.structure import Finding
 
 BUILT_IN_MODELS = ("builtin:mini",)
@@ -16,10 +20,19 @@ CONVERT_PICKLES = (
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
+CheckpointProblem = Callable[[Mapping[str, Any], QuantizationConfig | None], tuple[str, str | None] | None]
+"""From a base's `config.json` and the recipe's quantization to why the two don't go together, and what to do about it;
+None where they do."""
 
-def check_files(loaded: LoadedRecipe, recipe: Recipe, *, data: bool = True) -> None:
-    """Check the files of `recipe`, which is `loaded.recipe` with absolute paths; with `data` also those that only
-    training reads.
+
+def check_files(
+    loaded: LoadedRecipe, recipe: Recipe, *, checkpoint_problem: CheckpointProblem | None = None, data: bool = True
+) -> None:
+    """Check the files of `recipe`, which is `loaded.recipe` with absolute paths.
+
+    Args:
+        checkpoint_problem: what of a local base's own quantization does not fit the recipe's.
+        data: also check the files that only training reads.
 
     Raises:
         RecipeError: files are missing, empty or not what they should be.
@@ -36,6 +49,8 @@ def check_files(loaded: LoadedRecipe, recipe: Recipe, *, data: bool = True) -> N
             findings.append(Finding(code="QT030", path=(section, key), message=message))
     if data:
         findings += _data(recipe)
+    if checkpoint_problem is not None and not any(finding.path == ("model", "base") for finding in findings):
+        findings += _stored_format(recipe, checkpoint_problem)
     if findings:
         raise loaded.error(findings)
 
@@ -55,6 +70,10 @@ def base_problem(base: str) -> tuple[str, str | None] | None:
         return (f"there is no folder {base}", "a hub id has no leading slash or dot") if is_local(base) else None
     if not (folder / "config.json").is_file():
         return f"expected a model in the transformers format, found no config.json in {base}", None
+    try:
+        base_config(folder)
+    except ValueError as error:  # besides JSON's own errors: text that is no UTF-8
+        return f"{folder / 'config.json'} can't be read: {error}", "fetch the checkpoint again"
     if not any(folder.glob("*.safetensors")):
         pickled = any(next(folder.glob(pattern), None) for pattern in PICKLES)
         found = "only pickled weights" if pickled else "no weights"
@@ -67,6 +86,34 @@ def _base(recipe: Recipe) -> Iterable[Finding]:
     problem = base_problem(recipe.model.base)
     if problem:
         yield Finding(code="QT030", path=("model", "base"), message=problem[0], hint=problem[1])
+
+
+def base_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a local base.
+
+    Raises:
+        ValueError: it holds no table of JSON.
+        OSError: it can't be read.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(config, dict):
+        raise ValueError("expected a table")
+    return config
+
+
+def _stored_format(recipe: Recipe, checkpoint_problem: CheckpointProblem) -> Iterable[Finding]:
+    folder = Path(recipe.model.base)
+    problem = checkpoint_problem(base_config(folder), recipe.quantization) if folder.is_dir() else None
+    if problem is None:
+        return
+    message, hint = problem
+    finding = Finding(code="QT150", path=("model", "base"), message=message, hint=hint)
+    if recipe.quantization is not None:
+        finding = attrs.evolve(finding, other=("quantization", "backend"), other_label="and this packs it anew")
+    yield finding
 
 
 def _tokenizer(recipe: Recipe) -> Iterable[Finding]:

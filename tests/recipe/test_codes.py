@@ -9,6 +9,7 @@ import tomli
 import tomlkit
 
 import quantune
+from quantune.backends.checkpoints import checkpoint_problem
 from quantune.backends.registry import backends_with_option, options_of
 from quantune.errors import InputError, RecipeError
 from quantune.recipe.codes import CODES, find_code
@@ -32,6 +33,11 @@ def folder(tmp_path, monkeypatch):
     for name in ("train.jsonl", "eval.jsonl"):
         (tmp_path / name).write_text("{}")
     (tmp_path / "recipe.toml").write_text(tomlkit.dumps(BASE))
+    for name, config in {"llama": "{}", "llama-awq": '{"quantization_config": {"quant_method": "awq"}}'}.items():
+        model = tmp_path / "models" / name
+        model.mkdir(parents=True)
+        (model / "config.json").write_text(config)
+        (model / "model.safetensors").touch()
     return tmp_path
 
 
@@ -46,12 +52,12 @@ def merged(base, snippet):
 
 
 def whole(snippet):
-    """A recipe around a snippet; one that names a base is whole by itself, and what is no TOML stays as it is."""
+    """A recipe around a snippet; one with a base and data is whole by itself, and what is no TOML stays as it is."""
     try:
         parsed = tomli.loads(snippet)
     except tomli.TOMLDecodeError:
         return snippet
-    return snippet if "base" in parsed.get("model", {}) else tomlkit.dumps(merged(BASE, parsed))
+    return snippet if {"model", "data"} <= parsed.keys() else tomlkit.dumps(merged(BASE, parsed))
 
 
 def codes_found(example, folder):
@@ -63,7 +69,7 @@ def codes_found(example, folder):
     overrides = [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag == "--set"]
     try:
         loaded = load_recipe(path, options_of=options_of, backends_with=backends_with_option, overrides=overrides)
-        check_files(loaded, with_absolute_paths(loaded.recipe, path))
+        check_files(loaded, with_absolute_paths(loaded.recipe, path), checkpoint_problem=checkpoint_problem)
     except RecipeError as error:
         return {problem.code for problem in error.problems}
     return {warning.code for warning in loaded.warnings}

@@ -140,3 +140,44 @@ def test_an_adapter_to_start_from_is_looked_at_beside_the_recipe(tmp_path, files
     (problem,) = caught.value.problems
     assert (problem.code, problem.where) == ("QT030", "adapter.start_from") and message in problem.message
     assert str(tmp_path / "before") in problem.message
+
+
+def model_folder(folder, config):
+    folder.mkdir()
+    (folder / "config.json").write_text(config)
+    (folder / "model.safetensors").touch()
+
+
+def test_a_quantized_base_that_does_not_fit_is_found_by_its_config(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    model_folder(tmp_path / "awq", '{"quantization_config": {"quant_method": "awq"}}')
+    path = write(tmp_path, VALID.replace("builtin:mini", "./awq"))
+    loaded = load_recipe(path, options_of=options_of)
+    seen = []
+
+    def checkpoint_problem(config, quantization):
+        seen.append((config, quantization.backend))
+        return "it does not fit", "choose another"
+
+    with pytest.raises(RecipeError) as caught:
+        check_files(loaded, with_absolute_paths(loaded.recipe, path), checkpoint_problem=checkpoint_problem)
+    assert seen == [({"quantization_config": {"quant_method": "awq"}}, "toy")]
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.line, problem.message, problem.hint) == (
+        "QT150",
+        2,
+        "it does not fit",
+        "choose another",
+    )
+    assert [place.line for place in problem.related] == [5]
+
+
+@pytest.mark.parametrize("config", ["", "{", "[]", "\xff", "[" * 100_000])
+def test_a_damaged_config_of_a_base_is_a_problem_of_the_base(tmp_path, config):
+    (tmp_path / "train.jsonl").write_text("{}")
+    model_folder(tmp_path / "model", "")
+    (tmp_path / "model" / "config.json").write_bytes(config.encode("latin-1"))
+    with pytest.raises(RecipeError) as caught:
+        check(tmp_path, VALID.replace("builtin:mini", "./model"))
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.where) == ("QT030", "model.base") and "config.json can't be read" in problem.message
