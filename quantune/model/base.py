@@ -23,6 +23,7 @@ from quantune.model import mini
 from quantune.model.adoption import quantization_for, take_quantization
 from quantune.model.configuration import with_values
 from quantune.model.vocabulary import Additions, add_tokens, grow_embeddings
+from quantune.recipe.chat_templates import template_path
 from quantune.recipe.conflicts import GPU_ATTENTION
 from quantune.recipe.schema import ModelConfig, QuantizationConfig
 
@@ -102,7 +103,7 @@ def open_base(
     if stored is not None:
         quantization = quantization_for(config.base, stored, quantization)
     if config.chat_template is not None:
-        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = template_path(config.chat_template).read_text(encoding="utf-8")
     additions = add_tokens(tokenizer, config)
     return Base(
         name=config.base,

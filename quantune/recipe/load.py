@@ -42,18 +42,20 @@ class LoadedRecipe:
     text: str
     origins: dict[positions.Path, str] = attrs.field(factory=dict)
     """What `--set` set, by key path."""
+    rewritten: legacy.Rewritten = attrs.field(factory=lambda: legacy.Rewritten(document={}))
+    """What older spellings in it were rewritten to."""
     warnings: tuple[Problem, ...] = ()
     """Deprecated spellings, each with how to write it now."""
 
     def problem(self, code: str, where: str, message: str, hint: str | None = None) -> Problem:
         """One problem at `where` (`data.train[0].path`), with its position."""
         path = parse_path(where) or (where,)
-        finding = Finding(code=code, path=path, message=message, hint=hint)
+        finding = Finding(code=code, path=self.rewritten.source(path), message=message, hint=hint)
         return _locate(finding, self.text, self.path, self.origins)
 
     def error(self, findings: Iterable[Finding]) -> RecipeError:
         """The findings as one error with positions."""
-        return _error(findings, self.text, self.path, self.origins)
+        return _error(self.rewritten.placed(findings), self.text, self.path, self.origins)
 
 
 def load_recipe(
@@ -88,14 +90,13 @@ def load_recipe(
     for override in overrides:
         findings += apply_override(document, override, origins)
     rewritten = legacy.rewrite(document)
-    findings += rewritten.findings
     recipe, found = structure_recipe(rewritten.document, options_of, backends_with)
-    findings += found
-    findings += conflicts.check_sections(_sound_sections(rewritten.document, findings))
+    found += conflicts.check_sections(_sound_sections(rewritten.document, [*rewritten.findings, *found]))
+    findings += [*rewritten.findings, *rewritten.placed(found)]
     if findings or recipe is None:
         raise _error(findings, text, path, origins)
     warnings = tuple(_locate(warning, text, path, origins) for warning in rewritten.warnings)
-    return LoadedRecipe(recipe=recipe, path=path, text=text, origins=origins, warnings=warnings)
+    return LoadedRecipe(recipe=recipe, path=path, text=text, origins=origins, rewritten=rewritten, warnings=warnings)
 
 
 def structure_recipe(
@@ -105,14 +106,15 @@ def structure_recipe(
     document = dict(document)
     table = document.get("quantization")
     if not isinstance(table, dict):
-        return structure(Recipe, document)
+        recipe, findings = structure(Recipe, document)
+        return recipe, [_adapter_is_missing(finding, document) for finding in findings]
     own = [field.name for field in attrs.fields(QuantizationConfig) if field.name != "options"]
     document["quantization"] = {key: value for key, value in table.items() if key in own}
     recipe, findings = structure(Recipe, document)
     findings = [
         attrs.evolve(finding, hint="quantune backends list shows those there are")
         if finding.path == ("quantization", "backend")
-        else finding
+        else _adapter_is_missing(finding, document)
         for finding in findings
     ]
     options, found = _structure_options(table, own, options_of, backends_with)
@@ -133,6 +135,17 @@ def _sound_sections(document: dict[str, Any], findings: Sequence[Finding]) -> di
     if "quantization" not in document:
         sections["quantization"] = None
     return sections
+
+
+def _adapter_is_missing(finding: Finding, document: dict[str, Any]) -> Finding:
+    """The finding; where it is that there is no adapter, with what that means and what to write."""
+    if finding.path != ("adapter",) or finding.code != "QT010":
+        return finding
+    if "quantization" in document:
+        message = "a quantized base is frozen, and without an adapter nothing would be trained"
+        hint = "add [adapter]; the header alone takes every default"
+        return Finding(code="QT120", path=("quantization",), message=message, hint=hint)
+    return attrs.evolve(finding, hint="add [adapter], which is what is trained; the header alone takes every default")
 
 
 def _structure_options(
