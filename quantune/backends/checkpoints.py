@@ -5,15 +5,21 @@ Works on plain values and needs no torch, so that `quantune check` knows of a lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+import attrs
 
 from quantune.backends import registry
 from quantune.backends.discovery import plain
-from quantune.recipe.schema import QuantizationConfig
+from quantune.recipe.positions import Path
+from quantune.recipe.schema import QuantizationConfig, Recipe
+from quantune.recipe.structure import Finding
 
 BITSANDBYTES = "bitsandbytes"
 LONGEST_NAME = 40
+UNCHANGING = ("default", "gaussian")
+"""Initializations of an adapter that leave the base's weights as they are."""
 
 
 def stored_quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -87,12 +93,28 @@ def format_problem(stored: Mapping[str, Any], quantization: QuantizationConfig |
     return f"{found}, and {problem}", hint
 
 
-def checkpoint_problem(
-    config: Mapping[str, Any], quantization: QuantizationConfig | None
-) -> tuple[str, str | None] | None:
-    """As `format_problem`, of a base's whole `config.json`."""
+def checkpoint_problems(config: Mapping[str, Any], recipe: Recipe) -> Iterable[Finding]:
+    """What of a base's `config.json` does not go together with a recipe."""
     stored = stored_quantization(config)
-    return None if stored is None else format_problem(stored, quantization)
+    if stored is None:
+        return
+    problem = format_problem(stored, recipe.quantization)
+    base: Path = ("model", "base")
+    if problem is not None:
+        finding = Finding(code="QT150", path=base, message=problem[0], hint=problem[1])
+        if recipe.quantization is not None:
+            finding = attrs.evolve(finding, other=("quantization", "backend"), other_label="and this packs it anew")
+        yield finding
+    elif recipe.adapter.init not in UNCHANGING:
+        yield Finding(
+            code="QT020",
+            path=("adapter", "init"),
+            message=f'init = "{recipe.adapter.init}" changes the weights before they are packed, and the base is '
+            f"already quantized ({holds(stored)})",
+            hint='use init = "default", or choose the unquantized base',
+            other=base,
+            other_label="this base",
+        )
 
 
 def _text(value: Any, default: str) -> str:

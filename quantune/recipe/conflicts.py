@@ -341,6 +341,38 @@ def _adapter_parts(adapter: AdapterConfig) -> Iterable[Finding]:
             )
 
 
+def _schedule(training: TrainingConfig) -> Iterable[Finding]:
+    if training.schedule == "constant" and training.min_lr_ratio:
+        message = 'min_lr_ratio has no meaning for schedule = "constant", which stays at its peak'
+        yield Finding(code="QT021", path=("training", "min_lr_ratio"), message=message, hint="remove one of them")
+
+
+def _precision(training: TrainingConfig, model: ModelConfig) -> Iterable[Finding]:
+    attention = model.attn_implementation
+    if training.precision == "fp32" and attention.startswith("flash_attention"):
+        yield Finding(
+            code="QT020",
+            path=("model", "attn_implementation"),
+            message=f'attn_implementation = "{attention}" computes in bf16, and [training] precision is "fp32"',
+            hint='use "sdpa", or precision = "bf16"',
+            other=("training", "precision"),
+        )
+
+
+def _evaluation_details(evaluation: EvaluationConfig, data: DataConfig) -> Iterable[Finding]:
+    defaults = EvaluationConfig()
+    if not data.eval and data.eval_size is None:
+        for key in ("batch_size", "max_samples"):
+            if getattr(evaluation, key) != getattr(defaults, key):
+                message = f"{key} says how to evaluate, and there is nothing to evaluate on"
+                yield Finding(code="QT022", path=("evaluation", key), message=message, hint="add [[data.eval]]")
+    if evaluation.max_new_tokens != defaults.max_new_tokens and not evaluation.exact_match:
+        message = "max_new_tokens limits the answers that exact_match generates, and it is false"
+        yield Finding(
+            code="QT021", path=("evaluation", "max_new_tokens"), message=message, hint="set exact_match = true"
+        )
+
+
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
     (("training",), _training),
     (("evaluation", "data"), _evaluation),
@@ -353,4 +385,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
     (("evaluation", "checkpoint"), _periods),
     (("training", "model"), _on_a_cpu),
     (("model",), _model_config),
+    (("training",), _schedule),
+    (("training", "model"), _precision),
+    (("evaluation", "data"), _evaluation_details),
 )

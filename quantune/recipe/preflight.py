@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import attrs
-
 from quantune.recipe import chat_templates
 from quantune.recipe.load import LoadedRecipe
-from quantune.recipe.schema import QuantizationConfig, Recipe
+from quantune.recipe.schema import Recipe
 from quantune.recipe.structure import Finding
 
 BUILT_IN_MODELS = ("builtin:mini",)
@@ -21,18 +19,17 @@ CONVERT_PICKLES = (
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-CheckpointProblem = Callable[[Mapping[str, Any], QuantizationConfig | None], tuple[str, str | None] | None]
-"""From a base's `config.json` and the recipe's quantization to why the two don't go together, and what to do about it;
-None where they do."""
+CheckpointProblems = Callable[[Mapping[str, Any], Recipe], Iterable[Finding]]
+"""What of a base's `config.json` and a recipe does not go together."""
 
 
 def check_files(
-    loaded: LoadedRecipe, recipe: Recipe, *, checkpoint_problem: CheckpointProblem | None = None, data: bool = True
+    loaded: LoadedRecipe, recipe: Recipe, *, checkpoint_problems: CheckpointProblems | None = None, data: bool = True
 ) -> None:
     """Check the files of `recipe`, which is `loaded.recipe` with absolute paths.
 
     Args:
-        checkpoint_problem: what of a local base's own quantization does not fit the recipe's.
+        checkpoint_problems: says what of a local base's `config.json` does not go together with the recipe.
         data: also check the files that only training reads.
 
     Raises:
@@ -50,8 +47,9 @@ def check_files(
             findings.append(Finding(code="QT030", path=(section, key), message=message))
     if data:
         findings += _data(recipe)
-    if checkpoint_problem is not None and not any(finding.path == ("model", "base") for finding in findings):
-        findings += _stored_format(recipe, checkpoint_problem)
+    if Path(recipe.model.base).is_absolute() and not any(finding.path == ("model", "base") for finding in findings):
+        findings += _revision(recipe)
+        findings += checkpoint_problems(base_config(Path(recipe.model.base)), recipe) if checkpoint_problems else ()
     if findings:
         raise loaded.error(findings)
 
@@ -105,16 +103,10 @@ def base_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _stored_format(recipe: Recipe, checkpoint_problem: CheckpointProblem) -> Iterable[Finding]:
-    folder = Path(recipe.model.base)
-    problem = checkpoint_problem(base_config(folder), recipe.quantization) if folder.is_dir() else None
-    if problem is None:
-        return
-    message, hint = problem
-    finding = Finding(code="QT150", path=("model", "base"), message=message, hint=hint)
-    if recipe.quantization is not None:
-        finding = attrs.evolve(finding, other=("quantization", "backend"), other_label="and this packs it anew")
-    yield finding
+def _revision(recipe: Recipe) -> Iterable[Finding]:
+    if recipe.model.revision is not None:
+        message = "revision belongs to a hub id and has no meaning for a folder"
+        yield Finding(code="QT021", path=("model", "revision"), message=message, hint="remove it")
 
 
 def _tokenizer(recipe: Recipe) -> Iterable[Finding]:

@@ -3,7 +3,8 @@
 import pytest
 from support import quantization
 
-from quantune.backends.checkpoints import checkpoint_problem, holds, stored_quantization
+from quantune.backends.checkpoints import checkpoint_problems, format_problem, holds, stored_quantization
+from quantune.recipe.schema import AdapterConfig, DataConfig, ModelConfig, Recipe, SourceConfig
 
 UNQUANTIZED = "choose the unquantized base"
 AS_IT_IS = f"leave [quantization] out to train on it as it is, or {UNQUANTIZED}"
@@ -32,7 +33,17 @@ ADOPTED = {
 
 
 def problem(stored, **plan):
-    return checkpoint_problem({"quantization_config": stored}, quantization(**plan) if plan else None)
+    return format_problem(stored, quantization(**plan) if plan else None)
+
+
+def found(config, plan=None, **adapter):
+    recipe = Recipe(
+        model=ModelConfig(base="some/base"),
+        quantization=plan,
+        adapter=AdapterConfig(**adapter),
+        data=DataConfig(train=(SourceConfig(path="train.jsonl", format="chat"),)),
+    )
+    return list(checkpoint_problems(config, recipe))
 
 
 @pytest.mark.parametrize("backend", ["bnb", "torchao", "mxfp4", "fp8"])
@@ -80,13 +91,27 @@ def test_one_scale_per_weight_is_not_the_fp8_of_blocks():
 @pytest.mark.parametrize("config", [{}, {"quantization_config": None}, {"text_config": None}, {"text_config": {}}])
 def test_a_base_that_says_nothing_is_not_quantized(config):
     assert stored_quantization(config) is None
-    assert checkpoint_problem(config, quantization(backend="bnb")) is None
+    assert found(config, quantization(backend="bnb"), init="pissa") == []
 
 
 def test_a_text_model_within_another_says_it_for_itself():
     assert stored_quantization({"text_config": {"quantization_config": {"quant_method": "awq"}}}) == {
         "quant_method": "awq"
     }
+
+
+@pytest.mark.parametrize("plan", [quantization(backend="fp8"), None])
+def test_an_initialization_that_changes_weights_is_refused_beside_packed_ones(plan):
+    config = {"quantization_config": ADOPTED["fp8"]}
+    (finding,) = found(config, plan, init="pissa")
+    assert (finding.path, finding.other) == (("adapter", "init"), ("model", "base"))
+    assert found(config, plan, init="gaussian") == []
+
+
+def test_a_format_that_does_not_fit_points_at_the_base_and_at_the_backend():
+    (finding,) = found({"quantization_config": {"quant_method": "awq"}}, quantization(backend="bnb"), init="pissa")
+    assert (finding.code, finding.path) == ("QT150", ("model", "base"))
+    assert finding.other == ("quantization", "backend")
 
 
 def test_what_a_checkpoint_says_is_fit_for_one_line():

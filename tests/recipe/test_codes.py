@@ -9,7 +9,7 @@ import tomli
 import tomlkit
 
 import quantune
-from quantune.backends.checkpoints import checkpoint_problem
+from quantune.backends.checkpoints import checkpoint_problems
 from quantune.backends.registry import backends_with_option, options_of
 from quantune.errors import InputError, RecipeError
 from quantune.recipe.codes import CODES, find_code
@@ -69,7 +69,7 @@ def codes_found(example, folder):
     overrides = [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag == "--set"]
     try:
         loaded = load_recipe(path, options_of=options_of, backends_with=backends_with_option, overrides=overrides)
-        check_files(loaded, with_absolute_paths(loaded.recipe, path), checkpoint_problem=checkpoint_problem)
+        check_files(loaded, with_absolute_paths(loaded.recipe, path), checkpoint_problems=checkpoint_problems)
     except RecipeError as error:
         return {problem.code for problem in error.problems}
     return {warning.code for warning in loaded.warnings}

@@ -7,6 +7,7 @@ from quantune.errors import RecipeError
 from quantune.recipe.load import load_recipe
 from quantune.recipe.preflight import check_files
 from quantune.recipe.resolve import with_absolute_paths
+from quantune.recipe.structure import Finding
 
 
 def check(tmp_path, text, overrides=()):
@@ -153,23 +154,24 @@ def test_a_quantized_base_that_does_not_fit_is_found_by_its_config(tmp_path):
     model_folder(tmp_path / "awq", '{"quantization_config": {"quant_method": "awq"}}')
     path = write(tmp_path, VALID.replace("builtin:mini", "./awq"))
     loaded = load_recipe(path, options_of=options_of)
-    seen = []
 
-    def checkpoint_problem(config, quantization):
-        seen.append((config, quantization.backend))
-        return "it does not fit", "choose another"
+    def problems(config, recipe):
+        path = ("quantization", "backend")
+        yield Finding(code="QT150", path=path, message=f"{config['quantization_config']} {recipe.quantization.backend}")
 
     with pytest.raises(RecipeError) as caught:
-        check_files(loaded, with_absolute_paths(loaded.recipe, path), checkpoint_problem=checkpoint_problem)
-    assert seen == [({"quantization_config": {"quant_method": "awq"}}, "toy")]
+        check_files(loaded, with_absolute_paths(loaded.recipe, path), checkpoint_problems=problems)
     (problem,) = caught.value.problems
-    assert (problem.code, problem.line, problem.message, problem.hint) == (
-        "QT150",
-        2,
-        "it does not fit",
-        "choose another",
-    )
-    assert [place.line for place in problem.related] == [5]
+    assert (problem.code, problem.line, problem.message) == ("QT150", 5, "{'quant_method': 'awq'} toy")
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    model_folder(tmp_path / "model", "{}")
+    with pytest.raises(RecipeError) as caught:
+        check(tmp_path, VALID.replace('"builtin:mini"', '"model"\nrevision = "main"'))
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.where) == ("QT021", "model.revision")
 
 
 @pytest.mark.parametrize("config", ["", "{", "[]", "\xff", "[" * 100_000])
