@@ -16,8 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 from transformers.quantizers import HfQuantizer
 
+from quantune.backends import registry
 from quantune.backends.backend import adopt_weight
-from quantune.backends.checkpoints import adopted_as, format_problem, stored_quantization
 from quantune.errors import ModelError, QuantizationError
 from quantune.quantized import experts
 from quantune.quantized.linear import QuantLinear, WeightFormat
@@ -27,39 +27,32 @@ if TYPE_CHECKING:
     from quantune.model.quantizer import QuantizationPlan
 
 
-def take_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
-    """What a checkpoint's `config.json` says of its quantization; None where it says nothing.
-
-    It is taken out of `config`, or transformers would load the checkpoint in its own way.
-    """
-    tables = (config, config.get_text_config())
-    stored = stored_quantization({"text_config": _quantization(tables[1]), **_quantization(tables[0])})
-    for table in tables:
-        if hasattr(table, "quantization_config"):
-            del table.quantization_config
-    return stored
-
-
-def _quantization(config: PretrainedConfig) -> dict[str, Any]:
+def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:
+    """What a checkpoint's `config.json` says of its quantization; None where it says nothing."""
     found = getattr(config, "quantization_config", None)
-    if found is None or isinstance(found, Mapping):
-        return {"quantization_config": found}
-    return {"quantization_config": found.to_dict()}
+    if found is None:
+        return None
+    return dict(found) if isinstance(found, Mapping) else found.to_dict()
 
 
-def quantization_for(
-    base: str, stored: Mapping[str, Any], quantization: QuantizationConfig | None
-) -> QuantizationConfig | None:
-    """How a checkpoint that is already quantized is taken over: as the recipe says, or in its own format where the
-    recipe says nothing.
+def require_same_format(base: str, stored: Mapping[str, Any], quantization: QuantizationConfig | None) -> None:
+    """Require that the recipe's backend takes over what the checkpoint holds.
 
     Raises:
-        ModelError: it is quantized in another way, or in one that no backend takes over; says the way out.
+        ModelError: it is quantized in another way, or the recipe quantizes nothing; says the way out.
     """
-    problem = format_problem(stored, quantization)
+    method = stored.get("quant_method")
+    name = json.dumps(base)
+    found = f"[model] base = {name} is already quantized ({method or 'its config.json names no method'})"
+    adopting = [backend for backend in registry.BUILT_IN if method in registry.describe(backend).adopts]
+    wanted = None if quantization is None else quantization.backend
+    if quantization is None or method not in registry.describe(quantization.backend).adopts:
+        ways_out = [f'take it over as it is with [quantization] backend = "{backend}"' for backend in adopting]
+        asked = "the recipe has no [quantization]" if wanted is None else f'the recipe asks for backend = "{wanted}"'
+        raise ModelError(f"{found}, and {asked}; {' or '.join([*ways_out, 'choose the unquantized base'])}")
+    problem = quantization.options.checkpoint_problem(stored)
     if problem is not None:
-        raise ModelError(f"[model] base = {json.dumps(base)}: {'; '.join(part for part in problem if part)}")
-    return adopted_as(stored) if quantization is None else quantization
+        raise ModelError(f"{found}, and {problem}")
 
 
 def kept_modules(stored: Mapping[str, Any]) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from transformers import (
 
 from quantune.errors import ModelError
 from quantune.model import mini
-from quantune.model.adoption import quantization_for, take_quantization
+from quantune.model.adoption import quantization_of, require_same_format
 from quantune.model.configuration import with_values
 from quantune.model.vocabulary import Additions, add_tokens, grow_embeddings
 from quantune.recipe.chat_templates import template_path
@@ -45,8 +45,6 @@ class Base:
     """Of the checkpoint as it is, but for what the recipe replaces: its embeddings have not grown yet."""
     stored: dict[str, Any] | None = None
     """What its `config.json` says of its quantization, where the checkpoint is already quantized."""
-    quantization: QuantizationConfig | None = None
-    """How it is to be stored: what the recipe says or, for a checkpoint that is already quantized, what that holds."""
     tokenizer: PreTrainedTokenizerBase
     """With the tokens that the recipe adds."""
     additions: Additions = Additions()
@@ -76,8 +74,6 @@ def open_base(
 ) -> Base:
     """Read the configuration and the tokenizer of a base model that is to be stored as `quantization` says.
 
-    Without it the base is stored as it is, a checkpoint that is already quantized in its own format.
-
     Raises:
         ModelError: there is no such model, it can't be read, it is already quantized in another way than
             `quantization` says, it needs code to be trusted, or it does not take the recipe's tokens or configuration.
@@ -99,9 +95,10 @@ def open_base(
         raise ModelError(
             f"the base {json.dumps(config.base)} {nowhere}can't be opened: {_first_sentence(error)}"
         ) from error
-    stored = take_quantization(hf_config)
+    stored = quantization_of(hf_config)
     if stored is not None:
-        quantization = quantization_for(config.base, stored, quantization)
+        require_same_format(config.base, stored, quantization)
+        del hf_config.quantization_config  # or transformers would load it in its own way
     if config.chat_template is not None:
         tokenizer.chat_template = template_path(config.chat_template).read_text(encoding="utf-8")
     additions = add_tokens(tokenizer, config)
@@ -113,7 +110,6 @@ def open_base(
         attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
         config=with_values(hf_config, config.config),
         stored=stored,
-        quantization=quantization,
         tokenizer=tokenizer,
         additions=additions,
     )

@@ -16,7 +16,6 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quantune.backends import registry
-from quantune.backends.checkpoints import holds
 from quantune.errors import ModelError, QuantizationError
 from quantune.model.adoption import kept_modules
 from quantune.model.base import Base
@@ -71,11 +70,6 @@ def load_model(
         QuantizationError: a weight can't be packed, or one that should be packed is not.
     """
     plan = None
-    if quantization is None and base.stored is not None:
-        raise ModelError(
-            f"[model] base = {json.dumps(base.name)} is already quantized ({holds(base.stored)}) and can't be loaded "
-            "in full precision; choose the unquantized base"
-        )
     if quantization is not None:
         plan = plan_quantization(quantization, compute_dtype, device)
         plan = attrs.evolve(plan, initialization=initialization, pack_dtype=pack_dtype or compute_dtype)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from quantune.recipe import chat_templates
 from quantune.recipe.load import LoadedRecipe
@@ -19,18 +17,10 @@ CONVERT_PICKLES = (
 )
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
-CheckpointProblems = Callable[[Mapping[str, Any], Recipe], Iterable[Finding]]
-"""What of a base's `config.json` and a recipe does not go together."""
 
-
-def check_files(
-    loaded: LoadedRecipe, recipe: Recipe, *, checkpoint_problems: CheckpointProblems | None = None, data: bool = True
-) -> None:
-    """Check the files of `recipe`, which is `loaded.recipe` with absolute paths.
-
-    Args:
-        checkpoint_problems: says what of a local base's `config.json` does not go together with the recipe.
-        data: also check the files that only training reads.
+def check_files(loaded: LoadedRecipe, recipe: Recipe, *, data: bool = True) -> None:
+    """Check the files of `recipe`, which is `loaded.recipe` with absolute paths; with `data` also those that only
+    training reads.
 
     Raises:
         RecipeError: files are missing, empty or not what they should be.
@@ -47,9 +37,6 @@ def check_files(
             findings.append(Finding(code="QT030", path=(section, key), message=message))
     if data:
         findings += _data(recipe)
-    if Path(recipe.model.base).is_absolute() and not any(finding.path == ("model", "base") for finding in findings):
-        findings += _revision(recipe)
-        findings += checkpoint_problems(base_config(Path(recipe.model.base)), recipe) if checkpoint_problems else ()
     if findings:
         raise loaded.error(findings)
 
@@ -69,10 +56,6 @@ def base_problem(base: str) -> tuple[str, str | None] | None:
         return (f"there is no folder {base}", "a hub id has no leading slash or dot") if is_local(base) else None
     if not (folder / "config.json").is_file():
         return f"expected a model in the transformers format, found no config.json in {base}", None
-    try:
-        base_config(folder)
-    except ValueError as error:  # besides JSON's own errors: text that is no UTF-8
-        return f"{folder / 'config.json'} can't be read: {error}", "fetch the checkpoint again"
     if not any(folder.glob("*.safetensors")):
         pickled = any(next(folder.glob(pattern), None) for pattern in PICKLES)
         found = "only pickled weights" if pickled else "no weights"
@@ -85,28 +68,6 @@ def _base(recipe: Recipe) -> Iterable[Finding]:
     problem = base_problem(recipe.model.base)
     if problem:
         yield Finding(code="QT030", path=("model", "base"), message=problem[0], hint=problem[1])
-
-
-def base_config(folder: Path) -> dict[str, Any]:
-    """The `config.json` of a local base.
-
-    Raises:
-        ValueError: it holds no table of JSON.
-        OSError: it can't be read.
-    """
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(config, dict):
-        raise ValueError("expected a table")
-    return config
-
-
-def _revision(recipe: Recipe) -> Iterable[Finding]:
-    if recipe.model.revision is not None:
-        message = "revision belongs to a hub id and has no meaning for a folder"
-        yield Finding(code="QT021", path=("model", "revision"), message=message, hint="remove it")
 
 
 def _tokenizer(recipe: Recipe) -> Iterable[Finding]:

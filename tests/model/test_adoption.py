@@ -9,16 +9,16 @@ from model.conftest import HEADS, SIZES
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support import base_of, dequantize_expert, quantization
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, Gemma3Config
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
 from transformers import Mxfp4Config as TransformersMxfp4Config
 
 from quantune.backends import registry
 from quantune.backends.backend import adopt_weight, pack_weight
 from quantune.errors import ModelError, QuantizationError
 from quantune.model import adapter
-from quantune.model.adoption import quantization_for, take_quantization
+from quantune.model.adoption import quantization_of, require_same_format
 from quantune.model.base import Base
-from quantune.model.load import load_model, packed_fingerprint
+from quantune.model.load import load_model
 from quantune.quantized import experts
 from quantune.quantized.linear import QuantLinear
 from quantune.recipe.schema import AdapterConfig
@@ -96,18 +96,15 @@ def deepseek_fp8(tmp_path_factory):
 def opened(folder):
     """The base in a folder as `open_base` gives it, without a tokenizer."""
     found = base_of(folder)
+    stored = quantization_of(found.config)
     config = AutoConfig.from_pretrained(folder)
-    stored = take_quantization(config)
+    del config.quantization_config
     values = {name: getattr(found, name) for name in ("name", "source", "revision", "trust_remote_code", "tokenizer")}
     return Base(**values, attn_implementation=None, config=config, stored=stored)
 
 
 def load(folder, backend, **plan):
-    return load_plan(opened(folder), quantization(backend=backend, **plan))
-
-
-def load_plan(base, plan):
-    return load_model(base, plan, compute_dtype=torch.float32, device=CPU)
+    return load_model(opened(folder), quantization(backend=backend, **plan), compute_dtype=torch.float32, device=CPU)
 
 
 def test_gpt_oss_answers_as_transformers_does_when_it_dequantizes(gpt_oss_mxfp4):
@@ -201,27 +198,20 @@ def test_scales_of_another_grid_are_refused_by_name(deepseek_fp8, tmp_path):
         load(tmp_path / "damaged", "fp8")
 
 
-def test_a_checkpoint_in_another_format_is_refused_with_the_way_out():
-    with pytest.raises(ModelError, match=r'"some/base": the base is already quantized \(awq\), .* unquantized base'):
-        quantization_for("some/base", {"quant_method": "awq"}, quantization(backend="bnb"))
-
-
-def test_without_quantization_a_checkpoint_is_taken_over_as_it_is(deepseek_fp8):
-    base = opened(deepseek_fp8)
-    adopted = quantization_for(base.name, base.stored, None)
-    assert adopted == quantization(backend="fp8")
-    assert packed_fingerprint(load_plan(base, adopted)) == packed_fingerprint(load(deepseek_fp8, "fp8"))
-
-
-def test_a_quantized_checkpoint_is_never_loaded_as_if_it_were_not(deepseek_fp8):
-    with pytest.raises(ModelError, match=r"already quantized \(fp8\) and can't be loaded in full precision"):
-        load_plan(opened(deepseek_fp8), None)
-
-
-def test_the_quantization_of_a_text_model_within_another_is_found_and_taken_out():
-    config = Gemma3Config(text_config={"quantization_config": {"quant_method": "gptq"}})
-    assert take_quantization(config) == {"quant_method": "gptq"}
-    assert take_quantization(config) is None
+@pytest.mark.parametrize(
+    ("stored", "plan", "message"),
+    [
+        ({"quant_method": "mxfp4"}, {"backend": "bnb"}, r'asks for backend = "bnb"; take it over .* backend = "mxfp4"'),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, None, r'no \[quantization\]; .* backend = "fp8"'),
+        ({"quant_method": "gptq"}, {"backend": "mxfp4"}, r"quantized \(gptq\).*; choose the unquantized base"),
+        ({}, {"backend": "fp8"}, "its config.json names no method"),
+        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, {"backend": "fp8"}, r"set block_size = \[64, 64\]"),
+        ({"quant_method": "fp8"}, {"backend": "fp8"}, "one scale per weight"),
+    ],
+)
+def test_a_checkpoint_in_another_format_is_refused_with_the_way_out(stored, plan, message):
+    with pytest.raises(ModelError, match=message):
+        require_same_format("some/base", stored, None if plan is None else quantization(**plan))
 
 
 def test_an_initialization_that_changes_weights_is_refused(deepseek_fp8):

@@ -111,7 +111,7 @@ def test_a_checkpoint_that_is_already_quantized_is_refused_with_its_method(tmp_p
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "dataset": "c4"}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"already quantized \(gptq, 4 bits, groups of 128\)"):
+    with pytest.raises(ModelError, match=r"already quantized \(gptq\)"):
         open_base(ModelConfig(base=str(tmp_path)))
 
 

@@ -7,7 +7,6 @@ from quantune.errors import RecipeError
 from quantune.recipe.load import load_recipe
 from quantune.recipe.preflight import check_files
 from quantune.recipe.resolve import with_absolute_paths
-from quantune.recipe.structure import Finding
 
 
 def check(tmp_path, text, overrides=()):
@@ -141,45 +140,3 @@ def test_an_adapter_to_start_from_is_looked_at_beside_the_recipe(tmp_path, files
     (problem,) = caught.value.problems
     assert (problem.code, problem.where) == ("QT030", "adapter.start_from") and message in problem.message
     assert str(tmp_path / "before") in problem.message
-
-
-def model_folder(folder, config):
-    folder.mkdir()
-    (folder / "config.json").write_text(config)
-    (folder / "model.safetensors").touch()
-
-
-def test_a_quantized_base_that_does_not_fit_is_found_by_its_config(tmp_path):
-    (tmp_path / "train.jsonl").write_text("{}")
-    model_folder(tmp_path / "awq", '{"quantization_config": {"quant_method": "awq"}}')
-    path = write(tmp_path, VALID.replace("builtin:mini", "./awq"))
-    loaded = load_recipe(path, options_of=options_of)
-
-    def problems(config, recipe):
-        path = ("quantization", "backend")
-        yield Finding(code="QT150", path=path, message=f"{config['quantization_config']} {recipe.quantization.backend}")
-
-    with pytest.raises(RecipeError) as caught:
-        check_files(loaded, with_absolute_paths(loaded.recipe, path), checkpoint_problems=problems)
-    (problem,) = caught.value.problems
-    assert (problem.code, problem.line, problem.message) == ("QT150", 5, "{'quant_method': 'awq'} toy")
-
-
-def test_a_folder_has_no_revision(tmp_path):
-    (tmp_path / "train.jsonl").write_text("{}")
-    model_folder(tmp_path / "model", "{}")
-    with pytest.raises(RecipeError) as caught:
-        check(tmp_path, VALID.replace('"builtin:mini"', '"model"\nrevision = "main"'))
-    (problem,) = caught.value.problems
-    assert (problem.code, problem.where) == ("QT021", "model.revision")
-
-
-@pytest.mark.parametrize("config", ["", "{", "[]", "\xff", "[" * 100_000])
-def test_a_damaged_config_of_a_base_is_a_problem_of_the_base(tmp_path, config):
-    (tmp_path / "train.jsonl").write_text("{}")
-    model_folder(tmp_path / "model", "")
-    (tmp_path / "model" / "config.json").write_bytes(config.encode("latin-1"))
-    with pytest.raises(RecipeError) as caught:
-        check(tmp_path, VALID.replace("builtin:mini", "./model"))
-    (problem,) = caught.value.problems
-    assert (problem.code, problem.where) == ("QT030", "model.base") and "config.json can't be read" in problem.message
