@@ -156,14 +156,212 @@ CODES = (
         corrected='[quantization]\nbackend = "mxfp4"\nskip = ["lm_head"]',
     ),
     Code(
-        name="QT150",
-        title="The base is already quantized in another way.",
-        explanation="The checkpoint's config.json says that its weights are quantized, and quantizing them once more "
+        name="QT100",
+        title="Two spellings say different things about how the base is stored.",
+        explanation="A key of an older config and [quantization], or two older keys, name different formats or "
+        "settings. Both places are shown, and neither wins. Keep one, best [quantization]; older keys have settings "
+        "that they imply where they leave them out, such as groups of 128 for torchao's int4.",
+        example='peft = {backend = "bnb"}\n\n[quantization]\nbackend = "torchao"\nweight_dtype = "int8"',
+        corrected='[quantization]\nbackend = "torchao"\nweight_dtype = "int8"',
+    ),
+    Code(
+        name="QT101",
+        title="qlora stands beside another quantization than bnb's 4 bits.",
+        explanation="QLoRA is a LoRA adapter on a base in bitsandbytes' NF4, so the word says how the base is stored "
+        "as well. Over any other format the adapter is lora.",
+        example='adapter = "qlora"\n\n[quantization]\nbackend = "torchao"\nweight_dtype = "int4"',
+        corrected='[adapter]\ntype = "lora"\n\n[quantization]\nbackend = "torchao"\nweight_dtype = "int4"',
+    ),
+    Code(
+        name="QT102",
+        title="qlora stands beside load_in_8bit.",
+        explanation="QLoRA means a base in 4 bits, and load_in_8bit one in 8. Say which is meant with [quantization].",
+        example='adapter = "qlora"\nload_in_8bit = true',
+        corrected='[adapter]\ntype = "lora"\n\n[quantization]\nbackend = "bnb"\nweight_dtype = "int8"',
+    ),
+    Code(
+        name="QT103",
+        title="qlora stands beside load_in_4bit = false.",
+        explanation="QLoRA means a base in 4 bits, and load_in_4bit = false rules that out. To train on the base in "
+        "full precision leave [quantization] out, with an adapter of the type lora.",
+        example='adapter = "qlora"\nload_in_4bit = false',
+        corrected='[adapter]\ntype = "lora"',
+    ),
+    Code(
+        name="QT104",
+        title="load_in_4bit and load_in_8bit are both true.",
+        explanation="A base is stored in one format. Write [quantization] with the one that is meant.",
+        example="load_in_4bit = true\nload_in_8bit = true",
+        corrected='[quantization]\nbackend = "bnb"\nweight_dtype = "nf4"',
+    ),
+    Code(
+        name="QT105",
+        title="bnb in 4 bits stands beside load_in_4bit = false.",
+        explanation="The table asks for 4 bits and the switch rules them out. Leave the switch out; or leave out the "
+        "table, to train on the base in full precision.",
+        example='load_in_4bit = false\n\n[quantization]\nbackend = "bnb"\nweight_dtype = "nf4"',
+        corrected='[quantization]\nbackend = "bnb"\nweight_dtype = "nf4"',
+    ),
+    Code(
+        name="QT106",
+        title="bnb in 4 bits stands beside load_in_8bit = true.",
+        explanation="The table asks for 4 bits and the switch for 8. Leave the switch out and let weight_dtype say "
+        "which.",
+        example='load_in_8bit = true\n\n[quantization]\nbackend = "bnb"\nweight_dtype = "nf4"',
+        corrected='[quantization]\nbackend = "bnb"\nweight_dtype = "int8"',
+    ),
+    Code(
+        name="QT107",
+        title="bnb in 8 bits stands beside load_in_8bit = false.",
+        explanation="The table asks for 8 bits and the switch rules them out. Leave the switch out; or leave out the "
+        "table, to train on the base in full precision.",
+        example='load_in_8bit = false\n\n[quantization]\nbackend = "bnb"\nweight_dtype = "int8"',
+        corrected='[quantization]\nbackend = "bnb"\nweight_dtype = "int8"',
+    ),
+    Code(
+        name="QT108",
+        title="bnb in 8 bits stands beside load_in_4bit = true.",
+        explanation="The table asks for 8 bits and the switch for 4. Leave the switch out and let weight_dtype say "
+        "which.",
+        example='load_in_4bit = true\n\n[quantization]\nbackend = "bnb"\nweight_dtype = "int8"',
+        corrected='[quantization]\nbackend = "bnb"\nweight_dtype = "int8"',
+    ),
+    Code(
+        name="QT109",
+        title="Another backend than bnb stands beside load_in_4bit or load_in_8bit.",
+        explanation="The two switches load a base with bitsandbytes, and the table names another backend. Leave the "
+        "switches out; the table says all there is to say.",
+        example='load_in_4bit = true\n\n[quantization]\nbackend = "torchao"\nweight_dtype = "int4"',
+        corrected='[quantization]\nbackend = "torchao"\nweight_dtype = "int4"',
+    ),
+    Code(
+        name="QT110",
+        title="gptq asks to train on a GPTQ checkpoint.",
+        explanation="quantune packs an unquantized base by itself and does not take GPTQ's weights over. Choose the "
+        "unquantized base with [quantization], and remove the key.",
+        example='gptq = true\n\n[quantization]\nbackend = "bnb"',
+        corrected='[quantization]\nbackend = "bnb"',
+    ),
+    Code(
+        name="QT111",
+        title="qat asks for quantization-aware training.",
+        explanation="Quantization-aware training trains the weights so that they can be quantized later. Here the "
+        "base is packed from the start and frozen, and the adapter learns around what packing has lost, so there is "
+        "nothing left for it to do.",
+        example='[qat]\nweight_dtype = "int4"\n\n[quantization]\nbackend = "bnb"',
+        corrected='[quantization]\nbackend = "bnb"',
+    ),
+    Code(
+        name="QT112",
+        title="quantization is another tool's post-training quantization.",
+        explanation="A table of that name without a backend, with keys such as activation_dtype, is what other tools "
+        "do to a model after training. In quantune [quantization] says how the base is stored while it is trained on. "
+        "Remove the block, or write the backend that is meant.",
+        example='load_in_4bit = true\n\n[quantization]\nweight_dtype = "int4"\nactivation_dtype = "int8"',
+        corrected='[quantization]\nbackend = "bnb"',
+    ),
+    Code(
+        name="QT113",
+        title="fp8 asks for fp8 arithmetic in training.",
+        explanation="Packed weights are dequantized and multiplied in the compute dtype, so that fp8 arithmetic has "
+        "no part in it. To store the base in fp8 write a backend that has the format.",
+        example='fp8 = true\n\n[quantization]\nbackend = "bnb"',
+        corrected='[quantization]\nbackend = "torchao"\nweight_dtype = "fp8"',
+    ),
+    Code(
+        name="QT114",
+        title="relora asks for ReLoRA.",
+        explanation="ReLoRA merges the adapter into the base again and again. Packed weights would have to be packed "
+        "anew each time and lose more each time, and quantune does not do it. A larger rank reaches further too.",
+        example='relora = true\n\n[quantization]\nbackend = "bnb"',
+        corrected='[quantization]\nbackend = "bnb"\n\n[adapter]\nr = 64',
+    ),
+    Code(
+        name="QT115",
+        title="merge_lora asks to merge the adapter when training ends.",
+        explanation="A quantized base can't hold the adapter's update, so a run saves the adapter by itself, and "
+        "merging it into an unquantized checkpoint is a step of its own. Remove the key.",
+        example='merge_lora = true\n\n[quantization]\nbackend = "bnb"',
+        corrected='[quantization]\nbackend = "bnb"',
+    ),
+    Code(
+        name="QT116",
+        title="An older table of the quantization names no backend.",
+        explanation="peft = {...} and model_quantization_config = {...} say how the base is stored, and without a "
+        "backend they say nothing that could be done. Other tools ignored such a table and trained on the unquantized "
+        "base. Write [quantization] with the backend that is meant.",
+        example='peft = {weight_dtype = "int4"}',
+        corrected='[quantization]\nbackend = "torchao"\nweight_dtype = "int4"',
+    ),
+    Code(
+        name="QT117",
+        title="An older table of the quantization names several backends.",
+        explanation="A base is stored in one format by one backend. Write [quantization] with the one that is meant; "
+        "it takes exactly one by its form.",
+        example='model_quantization_config = {torchao = {weight_dtype = "int4"}, bnb = {}}',
+        corrected='[quantization]\nbackend = "torchao"\nweight_dtype = "int4"',
+    ),
+    Code(
+        name="QT118",
+        title="model_quantization_config_kwargs belongs to no class.",
+        explanation="The key holds the arguments of the class that model_quantization_config names (Mxfp4Config or "
+        "FineGrainedFP8Config), and no class is named. Other tools ignored it. Write the options under "
+        "[quantization].",
+        example='model_quantization_config_kwargs = {modules_to_not_convert = ["lm_head"]}',
+        corrected='[quantization]\nbackend = "mxfp4"\nskip = ["lm_head"]',
+    ),
+    Code(
+        name="QT119",
+        title="quantize_moe_experts stands where nothing is quantized.",
+        explanation="The key packs fused experts as the rest of the base is packed, and the recipe does not say how. "
+        "With [quantization] experts are packed, unless its experts = false keeps them in full precision.",
+        example="quantize_moe_experts = true",
+        corrected='[quantization]\nbackend = "bnb"',
+    ),
+    Code(
+        name="QT120",
+        title="A quantized base has no adapter.",
+        explanation="A quantized base is frozen: without an adapter there would be nothing to train. Add [adapter]; "
+        "the header alone takes every default.",
+        example='[model]\nbase = "builtin:mini"\n\n[quantization]\nbackend = "bnb"\n\n'
+        '[[data.train]]\npath = "train.jsonl"\nformat = "chat"',
+        corrected='[model]\nbase = "builtin:mini"\n\n[quantization]\nbackend = "bnb"\n\n'
+        '[adapter]\n\n[[data.train]]\npath = "train.jsonl"\nformat = "chat"',
+    ),
+    Code(
+        name="QT122",
+        title="The base is already quantized in another way than the recipe says.",
+        explanation="The checkpoint's config.json says that its weights are quantized, and packing them once more "
         "would lose what they still hold. A checkpoint in MXFP4 or in FP8 blocks is taken over bit for bit, with the "
-        "backend of that name or without [quantization]. Of any other format (AWQ, GPTQ, bitsandbytes, ...) the "
-        "unquantized base is needed, which its model card usually names.",
+        "backend of that name or without [quantization]. For any other format the unquantized base is needed, which "
+        "its model card usually names.",
         example='[model]\nbase = "models/llama-awq"\n\n[quantization]\nbackend = "bnb"',
         corrected='[model]\nbase = "models/llama"\n\n[quantization]\nbackend = "bnb"',
+    ),
+    Code(
+        name="QT123",
+        title="The base is already quantized in a way that can't be trained on.",
+        explanation="Without [quantization] the base stays as it is, and no backend trains on weights in this format. "
+        "Choose the unquantized base, which the model card usually names, and let [quantization] pack it.",
+        example='[model]\nbase = "models/llama-awq"',
+        corrected='[model]\nbase = "models/llama"\n\n[quantization]\nbackend = "bnb"',
+    ),
+    Code(
+        name="QT124",
+        title="Settings of one backend stand beside another backend, or beside none.",
+        explanation="An older key such as bnb_config_kwargs has settings that belong to one backend, and the base is "
+        "not stored by that backend. They would have no effect. Leave them out, or name the backend that they are of.",
+        example='bnb_config_kwargs = {bnb_4bit_quant_type = "fp4"}\n\n[quantization]\nbackend = "mxfp4"',
+        corrected='[quantization]\nbackend = "bnb"\nweight_dtype = "fp4"',
+    ),
+    Code(
+        name="QT125",
+        title="The adapter's initialization changes a base that is already quantized.",
+        explanation="PiSSA, OLoRA and LoftQ take a share out of the base's weights before they are packed, or measure "
+        "what packing loses. The weights of this checkpoint are packed already. Use another initialization, or the "
+        "unquantized base.",
+        example='[model]\nbase = "models/llama-fp8"\n\n[adapter]\ninit = "pissa"',
+        corrected='[model]\nbase = "models/llama-fp8"\n\n[adapter]\ninit = "default"',
     ),
     Code(
         name="QT180",

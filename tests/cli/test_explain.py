@@ -30,4 +30,4 @@ def test_json_holds_one_code_or_all_of_them():
 
 
 def test_an_unknown_code_is_refused_with_the_one_that_is_meant():
-    assert "did you mean QT012?" in refused("explain", "QT12O")
+    assert "did you mean QT012?" in refused("explain", "Q012")

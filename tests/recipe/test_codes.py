@@ -1,5 +1,6 @@
 """Every code is told with an example that has it, and that is put right."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +10,7 @@ import tomli
 import tomlkit
 
 import quantune
-from quantune.backends.checkpoints import checkpoint_problems
+from quantune.backends.checkpoints import format_problem
 from quantune.backends.registry import backends_with_option, options_of
 from quantune.errors import InputError, RecipeError
 from quantune.recipe.codes import CODES, find_code
@@ -33,10 +34,14 @@ def folder(tmp_path, monkeypatch):
     for name in ("train.jsonl", "eval.jsonl"):
         (tmp_path / name).write_text("{}")
     (tmp_path / "recipe.toml").write_text(tomlkit.dumps(BASE))
-    for name, config in {"llama": "{}", "llama-awq": '{"quantization_config": {"quant_method": "awq"}}'}.items():
+    quantized = {
+        "llama-awq": {"quant_method": "awq"},
+        "llama-fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    }
+    for name, stored in {"llama": None, **quantized}.items():
         model = tmp_path / "models" / name
         model.mkdir(parents=True)
-        (model / "config.json").write_text(config)
+        (model / "config.json").write_text(json.dumps({"quantization_config": stored}))
         (model / "model.safetensors").touch()
     return tmp_path
 
@@ -69,7 +74,7 @@ def codes_found(example, folder):
     overrides = [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag == "--set"]
     try:
         loaded = load_recipe(path, options_of=options_of, backends_with=backends_with_option, overrides=overrides)
-        check_files(loaded, with_absolute_paths(loaded.recipe, path), checkpoint_problems=checkpoint_problems)
+        check_files(loaded, with_absolute_paths(loaded.recipe, path), format_problem=format_problem)
     except RecipeError as error:
         return {problem.code for problem in error.problems}
     return {warning.code for warning in loaded.warnings}
@@ -105,7 +110,7 @@ def test_a_code_is_found_however_it_is_written(name):
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("QT12O", "did you mean QT012?"),
+        ("Q012", "did you mean QT012?"),
         ("QT999", "quantune explain lists them"),
         ("adapter", "lists them"),
         ("", "lists them"),
