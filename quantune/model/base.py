@@ -20,7 +20,7 @@ from transformers import (
 
 from quantune.errors import ModelError
 from quantune.model import mini
-from quantune.model.adoption import quantization_of, quantization_over
+from quantune.model.adoption import quantization_over, take_quantization
 from quantune.model.configuration import with_values
 from quantune.model.vocabulary import Additions, add_tokens, grow_embeddings
 from quantune.recipe.chat_templates import template_path
@@ -98,10 +98,9 @@ def open_base(
         raise ModelError(
             f"the base {json.dumps(config.base)} {nowhere}can't be opened: {_first_sentence(error)}"
         ) from error
-    stored = quantization_of(hf_config)
+    stored = take_quantization(hf_config)
     if stored is not None:
         quantization = quantization_over(config.base, stored, quantization)
-        del hf_config.quantization_config  # or transformers would load it in its own way
     if config.chat_template is not None:
         tokenizer.chat_template = template_path(config.chat_template).read_text(encoding="utf-8")
     additions = add_tokens(tokenizer, config)

@@ -329,6 +329,15 @@ CODES = (
         '[adapter]\n\n[[data.train]]\npath = "train.jsonl"\nformat = "chat"',
     ),
     Code(
+        name="QT121",
+        title="Dropout stands beside target_parameters.",
+        explanation="An adapter on the weights of experts is added to those weights, not to what goes through them, "
+        "so it has no inputs of its own that could be dropped. PEFT refuses it too. Train without dropout, or leave "
+        "the experts out.",
+        example='[adapter]\ntarget_parameters = ["mlp.experts.down_proj"]\ndropout = 0.1',
+        corrected='[adapter]\ntarget_parameters = ["mlp.experts.down_proj"]',
+    ),
+    Code(
         name="QT122",
         title="The base is already quantized in another way than the recipe says.",
         explanation="The checkpoint's config.json says that its weights are quantized, and packing them once more "

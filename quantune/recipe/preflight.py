@@ -60,6 +60,7 @@ def check_files(
             findings.append(Finding(code="QT030", path=(section, key), message=message))
     if not any(finding.path == ("model", "base") for finding in findings):
         findings += _stored_format(recipe, format_problem)
+    findings += _revision(recipe)
     if data:
         findings += _data(recipe)
     if findings:
@@ -112,8 +113,17 @@ def stored_quantization(base: str) -> dict[str, Any] | None:
         raise ValueError(f"expected JSON in {path}: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"expected a JSON object in {path}, found {type(config).__name__}")
-    stored = config.get("quantization_config")
-    return stored if isinstance(stored, dict) else None
+    for table in (config, config.get("text_config")):  # the second of a text model within another
+        stored = table.get("quantization_config") if isinstance(table, dict) else None
+        if isinstance(stored, dict):
+            return stored
+    return None
+
+
+def _revision(recipe: Recipe) -> Iterable[Finding]:
+    if recipe.model.revision is not None and Path(recipe.model.base).is_absolute():
+        message = "revision belongs to a hub id and has no meaning for a folder"
+        yield Finding(code="QT021", path=("model", "revision"), message=message, hint="remove it")
 
 
 def _stored_format(recipe: Recipe, format_problem: FormatCheck) -> Iterable[Finding]:

@@ -170,7 +170,7 @@ NO_TABLE = BNB.replace('[quantization]\nbackend = "bnb"\nweight_dtype = "nf4"\n'
         (FP8, BNB, "QT122", "quantization.backend", 5, [2]),
         (AWQ, NO_TABLE, "QT123", "model.base", 2, []),
         (FP8, 'load_in_4bit = "true"\n' + NO_TABLE, "QT122", "load_in_4bit", 1, [3]),
-        (FP8, NO_TABLE.replace("r = 8", 'r = 8\ninit = "pissa"'), "QT125", "adapter.init", 6, [2]),
+        (FP8, NO_TABLE.replace("r = 8", 'r = 8\ninit = "pissa"'), "QT125", "adapter.init", 7, [2]),
         ("[]", NO_TABLE, "QT030", "model.base", 2, []),
         ("{", NO_TABLE, "QT030", "model.base", 2, []),
     ],
@@ -190,3 +190,17 @@ def test_a_base_that_is_already_quantized_is_held_against_the_recipe(
 def test_a_base_whose_format_is_taken_over_or_that_has_none_is_fine_without_a_table(tmp_path, config):
     quantized_base(tmp_path, config)
     check_format(tmp_path, NO_TABLE)
+
+
+def test_the_quantization_of_a_text_model_within_another_is_found(tmp_path):
+    quantized_base(tmp_path, f'{{"text_config": {AWQ}}}')
+    with pytest.raises(RecipeError, match=r"already quantized \(awq\)"):
+        check_format(tmp_path, NO_TABLE)
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    quantized_base(tmp_path, "{}")
+    with pytest.raises(RecipeError) as caught:
+        check_format(tmp_path, BNB.replace('"./model"', '"./model"\nrevision = "main"'))
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.where, problem.line) == ("QT021", "model.revision", 3)
