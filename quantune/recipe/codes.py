@@ -403,8 +403,8 @@ CODES = (
     Code(
         name="QT200",
         title="A YAML can't be read.",
-        explanation="quantune migrate reads YAML 1.1 as PyYAML's safe loader does: plain values, aliases, merge keys; at "
-        "most 1 MiB of text, 100 levels deep and 100,000 values with every alias written out. Tags that make Python "
+        explanation="quantune migrate reads YAML 1.1 as PyYAML's safe loader does: plain values, aliases, merge keys; "
+        "at most 1 MiB of text, 100 levels deep and 100,000 values with every alias written out. Tags that make Python "
         "objects are refused.",
         example="# old.yaml\nbase_model: !!python/name:os.system",
         corrected=WHOLE_YAML,
@@ -429,8 +429,8 @@ CODES = (
         name="QT205",
         title="A YAML belongs to a tool whose configs aren't translated yet.",
         explanation="quantune migrate translates axolotl's keys. A YAML of LlamaFactory or torchtune is recognised by "
-        "its keys and left alone, for half a translation would be worse than none. quantune init writes a recipe to begin "
-        "with.",
+        "its keys and left alone, for half a translation would be worse than none. quantune init writes a recipe "
+        "to begin with.",
         example="# old.yaml\nmodel_name_or_path: org/model\nstage: sft\nfinetuning_type: lora\ntemplate: llama3\n",
         corrected=WHOLE_YAML,
     ),
