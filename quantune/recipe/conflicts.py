@@ -258,6 +258,40 @@ def _adapter_parts(adapter: AdapterConfig) -> Iterable[Finding]:
             )
 
 
+def _dropout(adapter: AdapterConfig) -> Iterable[Finding]:
+    if adapter.target_parameters and adapter.dropout > 0:
+        yield Finding(
+            code="QT121",
+            path=("adapter", "dropout"),
+            message=f"dropout = {adapter.dropout} drops inputs of the adapter, and an adapter on target_parameters has "
+            "none of its own: it is added to the weights",
+            hint="use dropout = 0.0, or leave target_parameters out",
+            other=("adapter", "target_parameters"),
+        )
+
+
+def _constant(training: TrainingConfig) -> Iterable[Finding]:
+    if training.schedule == "constant" and training.min_lr_ratio > 0:
+        message = 'min_lr_ratio has no meaning for schedule = "constant", which ends at the peak'
+        hint = 'remove it, or use schedule = "cosine" or "linear"'
+        yield Finding(code="QT021", path=("training", "min_lr_ratio"), message=message, hint=hint)
+
+
+def _never_evaluated(evaluation: EvaluationConfig, data: DataConfig, training: TrainingConfig) -> Iterable[Finding]:
+    """What is known without reading the data; the rest is known when the run's length is."""
+    if not (data.eval or data.eval_size is not None) or evaluation.at_start or evaluation.at_end:
+        return
+    every, steps = evaluation.every_steps, training.max_steps
+    if evaluation.per_epoch is None and (every is None or (steps is not None and every >= steps)):
+        when = "at_start, every_steps or per_epoch" if every is None else f"every_steps = {every} before the run's end"
+        yield Finding(
+            code="QT022",
+            path=("evaluation", "at_end"),
+            message=f"there is evaluation data, and nothing evaluates it: no {when}, and at_end = false",
+            hint="set one of them, or remove the evaluation data",
+        )
+
+
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
     (("training",), _training),
     (("evaluation", "data"), _evaluation),
@@ -269,4 +303,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
     (("evaluation", "checkpoint"), _periods),
     (("training", "model"), _on_a_cpu),
     (("model",), _model_config),
+    (("adapter",), _dropout),
+    (("training",), _constant),
+    (("evaluation", "data", "training"), _never_evaluated),
 )

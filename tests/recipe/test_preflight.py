@@ -170,7 +170,7 @@ NO_TABLE = BNB.replace('[quantization]\nbackend = "bnb"\nweight_dtype = "nf4"\n'
         (FP8, BNB, "QT122", "quantization.backend", 5, [2]),
         (AWQ, NO_TABLE, "QT123", "model.base", 2, []),
         (FP8, 'load_in_4bit = "true"\n' + NO_TABLE, "QT122", "load_in_4bit", 1, [3]),
-        (FP8, NO_TABLE.replace("r = 8", 'r = 8\ninit = "pissa"'), "QT125", "adapter.init", 6, [2]),
+        (FP8, NO_TABLE.replace("r = 8", 'r = 8\ninit = "pissa"'), "QT125", "adapter.init", 7, [2]),
         ("[]", NO_TABLE, "QT030", "model.base", 2, []),
         ("{", NO_TABLE, "QT030", "model.base", 2, []),
     ],
