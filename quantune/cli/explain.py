@@ -1,36 +1,41 @@
-"""`quantune explain`: what a code means."""
+"""`quantune explain`: what a code of a recipe problem means, and how to put it right."""
 
 from __future__ import annotations
 
 import json
+import textwrap
 from typing import Annotated
 
 import attrs
 import typer
 from rich.markup import escape
 
-from quantune.cli.console import out, table
-from quantune.recipe.codes import CODES
-from quantune.recipe.explanations import find, text
+from quantune.cli.console import out
+from quantune.recipe.codes import CODES, Code, find_code
+
+WIDEST = 100
 
 
 def explain(
-    code: Annotated[
-        str | None, typer.Argument(metavar="CODE", help="A code such as QT012, in any case; 12 will do.")
-    ] = None,
+    code: Annotated[str | None, typer.Argument(help="A code, e.g. QT012; without one, all are listed.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Explain a code that a problem of a recipe has, with an example and how it is corrected; list all without one."""
-    chosen = CODES if code is None else dict([find(code)])
+    """Explain a code of a recipe problem, with an example and how it is put right."""
+    codes = CODES if code is None else (find_code(code),)
     if as_json:
-        rows = [{"code": name, **attrs.asdict(entry)} for name, entry in sorted(chosen.items())]
-        out.print_json(json.dumps(rows if code is None else rows[0]))
-        return
-    if code is None:
-        shown = table("code", "what it means")
-        for name, entry in sorted(chosen.items()):
-            shown.add_row(name, escape(entry.title))
-        out.print(shown)
-        return
-    for name, entry in chosen.items():
-        out.print(text(name, entry), markup=False, end="")
+        told = [attrs.asdict(one) for one in codes]
+        out.print_json(json.dumps(told if code is None else told[0]))
+    elif code is None:
+        for one in codes:
+            out.print(f"[bold]{one.name}[/]  {escape(one.title)}")
+    else:
+        _print(codes[0])
+
+
+def _print(code: Code) -> None:
+    out.print(f"[bold]{code.name}: {escape(code.title)}[/]\n")
+    out.print(textwrap.fill(code.explanation, min(out.width, WIDEST)), markup=False)
+    out.print("\n[bold]For example[/]\n")
+    out.print(textwrap.indent(code.example, "    "), markup=False)
+    out.print("\n[bold]Put right[/]\n")
+    out.print(textwrap.indent(code.corrected, "    "), markup=False)

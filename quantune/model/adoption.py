@@ -27,12 +27,20 @@ if TYPE_CHECKING:
     from quantune.model.quantizer import QuantizationPlan
 
 
-def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:
-    """What a checkpoint's `config.json` says of its quantization; None where it says nothing."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        return None
-    return dict(found) if isinstance(found, Mapping) else found.to_dict()
+def take_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
+    """What a checkpoint's `config.json` says of its quantization, also for a text model within another; None where it
+    says nothing.
+
+    It is taken out of `config`, or transformers would load the checkpoint in its own way.
+    """
+    stored = None
+    for table in (config.get_text_config(), config):
+        found = getattr(table, "quantization_config", None)
+        if found is not None:
+            stored = dict(found) if isinstance(found, Mapping) else found.to_dict()
+        if hasattr(table, "quantization_config"):
+            del table.quantization_config
+    return stored
 
 
 def quantization_over(

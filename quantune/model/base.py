@@ -20,9 +20,10 @@ from transformers import (
 
 from quantune.errors import ModelError
 from quantune.model import mini
-from quantune.model.adoption import quantization_of, quantization_over
+from quantune.model.adoption import quantization_over, take_quantization
 from quantune.model.configuration import with_values
 from quantune.model.vocabulary import Additions, add_tokens, grow_embeddings
+from quantune.recipe.chat_templates import template_path
 from quantune.recipe.conflicts import GPU_ATTENTION
 from quantune.recipe.schema import ModelConfig, QuantizationConfig
 
@@ -97,12 +98,11 @@ def open_base(
         raise ModelError(
             f"the base {json.dumps(config.base)} {nowhere}can't be opened: {_first_sentence(error)}"
         ) from error
-    stored = quantization_of(hf_config)
+    stored = take_quantization(hf_config)
     if stored is not None:
         quantization = quantization_over(config.base, stored, quantization)
-        del hf_config.quantization_config  # or transformers would load it in its own way
     if config.chat_template is not None:
-        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = template_path(config.chat_template).read_text(encoding="utf-8")
     additions = add_tokens(tokenizer, config)
     return Base(
         name=config.base,

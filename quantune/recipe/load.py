@@ -91,7 +91,7 @@ def load_recipe(
         findings += apply_override(document, override, origins)
     rewritten = legacy.rewrite(document)
     recipe, found = structure_recipe(rewritten.document, options_of, backends_with)
-    found += conflicts.check_sections(_sound_sections(rewritten.document, [*rewritten.findings, *found]))
+    found += conflicts.check_sections(sound_sections(rewritten.document, [*rewritten.findings, *found]))
     findings += [*rewritten.findings, *rewritten.placed(found)]
     if findings or recipe is None:
         raise _error(findings, text, path, origins)
@@ -125,7 +125,7 @@ def structure_recipe(
     return attrs.evolve(recipe, quantization=attrs.evolve(recipe.quantization, options=options)), findings
 
 
-def _sound_sections(document: dict[str, Any], findings: Sequence[Finding]) -> dict[str, Any]:
+def sound_sections(document: dict[str, Any], findings: Sequence[Finding]) -> dict[str, Any]:
     """The sections nothing was found in, so that a mistake in one hides no contradiction in the others."""
     unsound = {"quantization", *(finding.path[0] for finding in findings)}
     sections = {}

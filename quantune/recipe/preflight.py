@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from quantune.recipe import chat_templates
 from quantune.recipe.load import LoadedRecipe
 from quantune.recipe.schema import QuantizationConfig, Recipe
 from quantune.recipe.structure import Finding
@@ -59,6 +60,7 @@ def check_files(
             findings.append(Finding(code="QT030", path=(section, key), message=message))
     if not any(finding.path == ("model", "base") for finding in findings):
         findings += _stored_format(recipe, format_problem)
+    findings += _revision(recipe)
     if data:
         findings += _data(recipe)
     if findings:
@@ -111,8 +113,17 @@ def stored_quantization(base: str) -> dict[str, Any] | None:
         raise ValueError(f"expected JSON in {path}: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"expected a JSON object in {path}, found {type(config).__name__}")
-    stored = config.get("quantization_config")
-    return stored if isinstance(stored, dict) else None
+    for table in (config, config.get("text_config")):  # the second of a text model within another
+        stored = table.get("quantization_config") if isinstance(table, dict) else None
+        if isinstance(stored, dict):
+            return stored
+    return None
+
+
+def _revision(recipe: Recipe) -> Iterable[Finding]:
+    if recipe.model.revision is not None and Path(recipe.model.base).is_absolute():
+        message = "revision belongs to a hub id and has no meaning for a folder"
+        yield Finding(code="QT021", path=("model", "revision"), message=message, hint="remove it")
 
 
 def _stored_format(recipe: Recipe, format_problem: FormatCheck) -> Iterable[Finding]:
@@ -154,8 +165,10 @@ def _tokenizer(recipe: Recipe) -> Iterable[Finding]:
 
 def _chat_template(recipe: Recipe) -> Iterable[Finding]:
     template = recipe.model.chat_template
-    if template is not None and not Path(template).is_file():
-        yield Finding(code="QT030", path=("model", "chat_template"), message=f"there is no file {template}")
+    if template is not None and not chat_templates.template_path(template).is_file():
+        message = f"there is no file {template}"
+        hint = chat_templates.suggestion(template)
+        yield Finding(code="QT030", path=("model", "chat_template"), message=message, hint=hint)
 
 
 def _start_from(recipe: Recipe) -> Iterable[Finding]:

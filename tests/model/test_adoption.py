@@ -9,7 +9,7 @@ from model.conftest import HEADS, SIZES
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support import base_of, dequantize_expert, quantization
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, Gemma3Config
 from transformers import Mxfp4Config as TransformersMxfp4Config
 
 from quantune.backends import registry
@@ -18,7 +18,7 @@ from quantune.checkpoint.run_folder import RunFolder
 from quantune.cli.recipes import open_recipe
 from quantune.errors import ModelError, QuantizationError
 from quantune.model import adapter, mini
-from quantune.model.adoption import quantization_of, quantization_over
+from quantune.model.adoption import quantization_over, take_quantization
 from quantune.model.base import Base
 from quantune.model.load import load_model
 from quantune.quantized import experts
@@ -100,9 +100,8 @@ def deepseek_fp8(tmp_path_factory):
 def opened(folder):
     """The base in a folder as `open_base` gives it, without a tokenizer."""
     found = base_of(folder)
-    stored = quantization_of(found.config)
     config = AutoConfig.from_pretrained(folder)
-    del config.quantization_config
+    stored = take_quantization(config)
     values = {name: getattr(found, name) for name in ("name", "source", "revision", "trust_remote_code", "tokenizer")}
     return Base(**values, attn_implementation=None, config=config, stored=stored)
 
@@ -234,6 +233,17 @@ def test_a_base_that_is_already_quantized_is_taken_over_as_it_is_without_a_table
         adapters[name] = (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
         assert 'backend = "fp8"\n' in (tmp_path / name / "recipe.toml").read_text()
     assert adapters["without"] == adapters["with"]
+
+
+def test_the_quantization_of_a_text_model_within_another_is_found_and_taken_out():
+    config = Gemma3Config(text_config={"quantization_config": {"quant_method": "gptq"}})
+    assert take_quantization(config) == {"quant_method": "gptq"}
+    assert take_quantization(config) is None
+
+
+def test_a_quantized_checkpoint_is_never_loaded_as_if_it_were_not(deepseek_fp8):
+    with pytest.raises(ModelError, match=r"already quantized \(fp8\) and can't be loaded in full precision"):
+        load_model(opened(deepseek_fp8), None, compute_dtype=torch.float32, device=CPU)
 
 
 def test_an_initialization_that_changes_weights_is_refused(deepseek_fp8):

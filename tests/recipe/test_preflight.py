@@ -190,3 +190,17 @@ def test_a_base_that_is_already_quantized_is_held_against_the_recipe(
 def test_a_base_whose_format_is_taken_over_or_that_has_none_is_fine_without_a_table(tmp_path, config):
     quantized_base(tmp_path, config)
     check_format(tmp_path, NO_TABLE)
+
+
+def test_the_quantization_of_a_text_model_within_another_is_found(tmp_path):
+    quantized_base(tmp_path, f'{{"text_config": {AWQ}}}')
+    with pytest.raises(RecipeError, match=r"already quantized \(awq\)"):
+        check_format(tmp_path, NO_TABLE)
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    quantized_base(tmp_path, "{}")
+    with pytest.raises(RecipeError) as caught:
+        check_format(tmp_path, BNB.replace('"./model"', '"./model"\nrevision = "main"'))
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.where, problem.line) == ("QT021", "model.revision", 3)
