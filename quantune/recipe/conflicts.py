@@ -361,8 +361,11 @@ def _constant(training: TrainingConfig) -> Iterable[Finding]:
 
 
 def _never_evaluated(evaluation: EvaluationConfig, data: DataConfig, training: TrainingConfig) -> Iterable[Finding]:
-    """What is known without reading the data; the rest is known when the run's length is."""
-    if not (data.eval or data.eval_size is not None) or evaluation.at_start or evaluation.at_end:
+    """What is known without reading the data; the rest is known when the run's length is.
+
+    Samples that `eval_size` holds out are at least not trained on, evaluated or not.
+    """
+    if not data.eval or evaluation.at_start or evaluation.at_end:
         return
     every, steps = evaluation.every_steps, training.max_steps
     if evaluation.per_epoch is None and (every is None or (steps is not None and every >= steps)):
@@ -370,8 +373,8 @@ def _never_evaluated(evaluation: EvaluationConfig, data: DataConfig, training: T
         yield Finding(
             code="QT022",
             path=("evaluation", "at_end"),
-            message=f"there is evaluation data, and nothing evaluates it: no {when}, and at_end = false",
-            hint="set one of them, or remove the evaluation data",
+            message=f"there is [[data.eval]], and nothing evaluates it: no {when}, and at_end = false",
+            hint="set one of them, or remove [[data.eval]]",
         )
 
 
