@@ -95,7 +95,7 @@ def load_recipe(
     findings += [*rewritten.findings, *rewritten.placed(found)]
     if findings or recipe is None:
         raise _error(findings, text, path, origins)
-    warnings = tuple(_locate(warning, text, path, origins) for warning in rewritten.warnings)
+    warnings = tuple(_located(rewritten.warnings, text, path, origins))
     return LoadedRecipe(recipe=recipe, path=path, text=text, origins=origins, rewritten=rewritten, warnings=warnings)
 
 
@@ -128,6 +128,7 @@ def structure_recipe(
 def sound_sections(document: dict[str, Any], findings: Sequence[Finding]) -> dict[str, Any]:
     """The sections nothing was found in, so that a mistake in one hides no contradiction in the others."""
     unsound = {"quantization", *(finding.path[0] for finding in findings)}
+    unsound |= {finding.meant for finding in findings if finding.meant is not None and len(finding.path) == 1}
     sections = {}
     for name, cls in get_type_hints(Recipe).items():
         if name not in unsound:
@@ -206,12 +207,17 @@ def _read(path: Path) -> str:
 
 
 def _error(findings: Iterable[Finding], text: str, path: Path, origins: dict[positions.Path, str]) -> RecipeError:
+    return RecipeError(_located(findings, text, path, origins))
+
+
+def _located(findings: Iterable[Finding], text: str, path: Path, origins: dict[positions.Path, str]) -> list[Problem]:
+    """The findings with their positions, in the order of these."""
     problems = [_locate(finding, text, path, origins) for finding in findings]
-    return RecipeError(sorted(problems, key=lambda problem: (problem.line or 0, problem.column or 0, problem.where)))
+    return sorted(problems, key=lambda problem: (problem.line or 0, problem.column or 0, problem.where))
 
 
 def _locate(finding: Finding, text: str, path: Path, origins: dict[positions.Path, str]) -> Problem:
-    other = None if finding.other is None else _place(finding.other, text, origins)
+    other = None if finding.other is None else _place(finding.other, text, origins, itself=True)
     known: dict[str, Any] = {
         "code": finding.code,
         "where": finding.where,
@@ -236,15 +242,17 @@ def _locate(finding: Finding, text: str, path: Path, origins: dict[positions.Pat
     )
 
 
-def _place(path: positions.Path, text: str, origins: dict[positions.Path, str], *, value: bool = False) -> Place | None:
-    """Where a key stands, or what set it; one that is missing is looked for at its table.
+def _place(
+    path: positions.Path, text: str, origins: dict[positions.Path, str], *, value: bool = False, itself: bool = False
+) -> Place | None:
+    """Where a key stands, or what set it; one that is missing is looked for at its table, unless `itself` is asked for.
 
     With `value`, its value is underlined in place of the key.
     """
     for length in range(len(path), 0, -1):  # an override sets everything inside its value
         if path[:length] in origins:
             return Place(origin=origins[path[:length]])
-    for length in range(len(path), 0, -1):
+    for length in (len(path),) if itself else range(len(path), 0, -1):
         key = positions.key_span(text, path[:length])
         if key is None:
             continue
