@@ -264,6 +264,19 @@ def test_a_mistake_in_one_section_hides_no_contradiction_in_another(tmp_path):
     ]
 
 
+def test_an_unknown_option_of_a_backend_hides_no_problem_of_the_others(tmp_path):
+    text = VALID.replace('"nf4"', '"nf4"\nblock_size = 48\nzzz = 1')
+    assert [(p.code, p.where) for p in problems(write(tmp_path, text))] == [
+        ("QT016", "quantization.block_size"),
+        ("QT012", "quantization.zzz"),
+    ]
+    misspelt = VALID.replace('weight_dtype = "nf4"', 'weight_dtpe = "int8"\nblock_size = 64')
+    assert [(p.code, p.where) for p in problems(write(tmp_path, misspelt))] == [
+        ("QT012", "quantization.weight_dtpe"),
+        ("QT016", "quantization.block_size"),
+    ]
+
+
 def test_a_section_with_a_mistake_is_not_searched_for_contradictions(tmp_path):
     (problem,) = problems(write(tmp_path, VALID.replace('path = "train.jsonl"', "path = 3")))
     assert (problem.code, problem.where) == ("QT013", "data.train[0].path")
