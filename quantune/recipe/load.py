@@ -23,6 +23,7 @@ from quantune.recipe.schema import (
 )
 from quantune.recipe.structure import Finding, structure
 from quantune.recipe.syntax import toml_problem
+from quantune.recipe.unknown import explain_optimizer, explain_unknown
 
 OptionsOf = Callable[[str], type]
 FileCheck = Callable[[Recipe], Iterable[Finding]]
@@ -108,6 +109,7 @@ def load_recipe(
         findings += apply_override(document, override, origins)
     rewritten = legacy.rewrite(document)
     recipe, found = structure_recipe(rewritten.document, options_of, backends_with)
+    found = [explain_optimizer(explain_unknown(one, rewritten.document), rewritten.document) for one in found]
     sections = sound_sections(rewritten.document, [*rewritten.findings, *found])
     found += conflicts.check_sections(sections)
     findings += [*_contradictions(rewritten.findings, rewritten.placed(found)), *rewritten.placed(found)]

@@ -168,6 +168,13 @@ def _float(value: float) -> float:
         raise ValueError("is too large for a number") from None
 
 
+def _text(value: str) -> str:
+    """No name of a file or module holds NUL, and functions that take one fail at it."""
+    if "\0" in value:
+        raise ValueError("must not hold the character NUL")
+    return value
+
+
 def _scalar(accepted: tuple[type, ...], name: str, convert: Any = None) -> Any:
     def hook(value: Any, _: Any) -> Any:
         if (isinstance(value, bool) and bool not in accepted) or not isinstance(value, accepted):
@@ -346,7 +353,7 @@ def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
     converter.register_structure_hook(int, _scalar((int,), "a whole number", _whole))
     converter.register_structure_hook(float, _scalar((int, float), "a number", _float))
-    converter.register_structure_hook(str, _scalar((str,), "a string"))
+    converter.register_structure_hook(str, _scalar((str,), "a string", _text))
     converter.register_structure_hook(bool, _scalar((bool,), "true or false"))
     converter.register_structure_hook_func(is_union, _structure_union)
     converter.register_structure_hook_func(lambda t: get_origin(t) is Literal, _structure_literal)

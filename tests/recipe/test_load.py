@@ -54,7 +54,7 @@ CASES = [
         'true or false or "offload", found "yes"',
         "write true, without quotes",
     ),
-    ("max_steps = 10", 'optimizer = "adamw_torch"', "QT013", 17, "training.optimizer", "one of", 'mean "adamw"?'),
+    ("max_steps = 10", 'optimizer = "adamw_muon"', "QT013", 17, "training.optimizer", "one of", 'mean "adamw"?'),
     ("max_steps = 10", 'optimizer = "adam_8bit"', "QT013", 17, "training.optimizer", "one of", 'mean "adamw_8bit"?'),
     ('"builtin:mini"', "3", "QT013", 2, "model.base", "expected a string, found 3 (a whole number)", None),
     ('["q_proj", "v_proj"]', "7", "QT013", 10, "adapter.targets", "expected a string or a list of strings", None),
@@ -190,6 +190,37 @@ def test_any_order_of_the_tables_gives_the_same_problems(tmp_path):
     assert len(found) == 1
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message", "hint"),
+    [
+        (
+            "[model]",
+            "load_in_4bits = true\n[model]",
+            'unknown key "load_in_4bits"',
+            'did you mean "load_in_4bit"? write',
+        ),
+        ("[model]", "learning_rate = 1\n[model]", 'unknown key "learning_rate"', "it belongs in [training]"),
+        ("[model]", "learning_rat = 1\n[model]", 'unknown key "learning_rat"', "mean [training] learning_rate?"),
+        ("[model]", "every_steps = 1\n[model]", "unknown key", "[evaluation] or [checkpoint] or [logging]"),
+        ("[model]", "lora_r = 8\n[model]", 'unknown key "lora_r"', "write [adapter] r"),
+        ("[model]", "zzz = [1]\n[model]", 'unknown key "zzz"', "under the header of its section"),
+        ("[model]", "[special_tokens]\n[model]", 'unknown section "special_tokens"', "it belongs in [model]"),
+        ("r = 8", "lora_rank = 8", 'unknown key "lora_rank"', "write [adapter] r"),
+        ("r = 8", "merge_lora = true", 'unknown key "merge_lora"', "remove merge_lora"),
+        ("r = 8", "max_steps = 8", 'unknown key "max_steps"', "it belongs in [training]"),
+        ("r = 8", "lora_on_cpu = true", 'unknown key "lora_on_cpu"', "leave it out: the base is streamed"),
+        ("max_steps = 10", "load_in_4bit = true", "unknown key", 'write [quantization] backend = "bnb", weight_dtype'),
+        ("max_steps = 10", "neftune_noise_alpha = 5", "unknown key", "adds no noise to embeddings"),
+        ('format = "chat"', 'format = "chat"\ntype = "sharegpt"', 'unknown key "type"', "write format"),
+        ("max_steps = 10", 'optimizer = "adamw_bnb_8bit"', "expected one of", 'write "adamw_8bit"'),
+        ("max_steps = 10", 'optimizer = "adamw_torch"', "expected one of", 'write "adamw"'),
+    ],
+)
+def test_a_key_of_another_section_or_tool_is_told_where_to_go(tmp_path, old, new, message, hint):
+    (problem,) = problems(write(tmp_path, VALID.replace(old, new, 1)))
+    assert message in problem.message and hint in problem.hint
+
+
 def test_a_missing_file_suggests_one_that_is_there(tmp_path):
     write(tmp_path, VALID)
     (problem,) = problems(tmp_path / "recpe.toml")
@@ -288,6 +319,7 @@ def test_a_section_with_a_mistake_is_not_searched_for_contradictions(tmp_path):
         ("1e-3", "1" + "0" * 400, "training.learning_rate", "too large"),
         ("max_steps = 10", "seed = 18446744073709551616", "training.seed", "must fit into 64 bits"),
         ("r = 8", "r = " + "9" * 5000, "recipe", "too many digits"),
+        ("train.jsonl", "a\\u0000.jsonl", "data.train[0].path", "must not hold the character NUL"),
         ('"nf4"', '"""a\n\\u001b[31m"""', "quantization.weight_dtype", 'found "a\\n\\u001b[31m"'),
         ('"nf4"', f'"{"x" * 500}"', "quantization.weight_dtype", 'xxx..." (a string)'),
     ],
