@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from quantune.cli.console import err, out, table
 from quantune.cli.problems import render
+from quantune.outputs import write_output
 from quantune.recipe.migrate.files import Migrated, migrate_files, yaml_files
 from quantune.recipe.migrate.report import OUTCOMES, Entry
 from quantune.recipe.migrate.writing import shown
@@ -52,7 +53,7 @@ def migrate(
         _print_summary(done)
     if report is not None:
         document = {"files": [one.as_dict() for one in done]}
-        report.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_output(report, json.dumps(document, indent=2) + "\n")
     for one in done:
         if one.written is not None:
             out.print(escape(str(one.written)))
