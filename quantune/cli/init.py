@@ -41,7 +41,9 @@ def init(
     schema: Annotated[
         bool, typer.Option("--schema", help="Write a JSON Schema beside the recipe, for editors.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace a recipe and a schema that are there; data never.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a recipe and a schema that are there; data never.")
+    ] = False,
 ) -> None:
     """Write a commented recipe for a model, a backend and a task."""
     description = registry.describe(backend)
