@@ -9,7 +9,7 @@ import typer
 
 import quantune
 import quantune.errors
-from quantune.cli import backends, check, generate, init, run, schema
+from quantune.cli import backends, check, generate, init, migrate, run, schema
 from quantune.cli.console import err, fail
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("check")(check.check)
 app.command("init")(init.init)
 app.command("schema")(schema.schema)
 app.command("generate")(generate.generate)
+app.command("migrate")(migrate.migrate)
 app.add_typer(backends.app, name="backends")
 
 

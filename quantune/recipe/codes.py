@@ -19,4 +19,8 @@ CODES = {
     "QT030": "A file that the recipe names does not exist or can't be used.",
     "QT040": "A spelling is deprecated; it is understood as the warning says.",
     "QT180": "A value of the base's config.json can't be replaced.",
+    "QT200": "A YAML can't be read.",
+    "QT201": "A YAML has a key twice.",
+    "QT204": "A YAML lacks what a recipe needs.",
+    "QT205": "A YAML belongs to a tool whose configs aren't translated yet.",
 }

@@ -90,7 +90,7 @@ def load_recipe(
     findings += rewritten.findings
     recipe, found = structure_recipe(rewritten.document, options_of, backends_with)
     findings += found
-    findings += conflicts.check_sections(_sound_sections(rewritten.document, findings))
+    findings += conflicts.check_sections(sound_sections(rewritten.document, findings))
     if findings or recipe is None:
         raise _error(findings, text, path, origins)
     warnings = tuple(_locate(warning, text, path, origins) for warning in rewritten.warnings)
@@ -122,7 +122,7 @@ def structure_recipe(
     return attrs.evolve(recipe, quantization=attrs.evolve(recipe.quantization, options=options)), findings
 
 
-def _sound_sections(document: dict[str, Any], findings: Sequence[Finding]) -> dict[str, Any]:
+def sound_sections(document: dict[str, Any], findings: Sequence[Finding]) -> dict[str, Any]:
     """The sections nothing was found in, so that a mistake in one hides no contradiction in the others."""
     unsound = {"quantization", *(finding.path[0] for finding in findings)}
     sections = {}

@@ -1,0 +1,110 @@
+"""YAML files into recipe files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from quantune.errors import InputError
+from quantune.recipe.migrate.migrate import Migration, migrate
+
+SUFFIXES = (".yaml", ".yml")
+
+
+@attrs.frozen(kw_only=True)
+class Migrated:
+    """A file with what came of it."""
+
+    path: Path
+    """The YAML."""
+    migration: Migration
+    """The recipe and the report."""
+    written: Path | None = None
+    """The recipe's file, where one was written."""
+    problem: str | None = None
+    """Why none was, apart from what the report says."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON takes it."""
+        written = None if self.written is None else str(self.written)
+        return {**self.migration.report.as_dict(), "written": written, "not_written": self.problem}
+
+
+def yaml_files(paths: Sequence[Path]) -> list[Path]:
+    """The files named, and those in the folders named.
+
+    Raises:
+        InputError: one of them does not exist, or a folder holds no YAML.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+            if not inside:
+                raise InputError(f"expected YAML files in {path}, found none that ends in {' or '.join(SUFFIXES)}")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise InputError(f"there is no file {path}")
+    return list(dict.fromkeys(found))
+
+
+def migrate_files(
+    files: Sequence[Path],
+    *,
+    output: Path | None = None,
+    write: bool = True,
+    force: bool = False,
+    overwrite: bool = False,
+    processes: int = 1,
+) -> list[Migrated]:
+    """Translate each file, and write its recipe where it can be written.
+
+    Args:
+        files: the YAMLs.
+        output: the recipe of the only file; by default each stands beside its YAML.
+        write: write recipes at all.
+        force: write those as well that lack something, with a list of it at the head.
+        overwrite: replace recipes that are there.
+        processes: in how many processes the YAMLs were run.
+
+    Raises:
+        InputError: one output for several files, or a file that can't be read.
+    """
+    if output is not None and len(files) != 1:
+        raise InputError(f"--output names the recipe of one file, found {len(files)} files")
+    return [
+        _migrate_file(file, output or file.with_suffix(".toml"), write, force, overwrite, processes) for file in files
+    ]
+
+
+def _migrate_file(file: Path, target: Path, write: bool, force: bool, overwrite: bool, processes: int) -> Migrated:
+    moved = target.resolve().parent != Path.cwd()
+    migration = migrate(_read(file), name=str(file), processes=processes, moved=moved)
+    if not write or migration.recipe is None or not (migration.report.ok or force):
+        return Migrated(path=file, migration=migration)
+    if target.exists() and not overwrite:
+        problem = f"{target} is there already; --overwrite replaces it, --output names another"
+        return Migrated(path=file, migration=migration, problem=problem)
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        partial.write_text(migration.recipe, encoding="utf-8", newline="\n")
+        os.replace(partial, target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{target} can't be written: {error.strerror}") from None
+    return Migrated(path=file, migration=migration, written=target)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: expected UTF-8 text, found other bytes at position {error.start}") from None
+    except OSError as error:
+        raise InputError(f"{file} can't be read: {error.strerror}") from None

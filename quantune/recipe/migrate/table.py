@@ -1,0 +1,85 @@
+"""The table of all rules, and which of them covers a key."""
+
+from __future__ import annotations
+
+import difflib
+from types import MappingProxyType
+
+from quantune.recipe.migrate import adapter, data, model, other, quantization, run, training
+from quantune.recipe.migrate.reading import Path, _Index
+from quantune.recipe.migrate.rule import Rule
+
+GROUPS: dict[str, tuple[Rule, ...]] = {
+    "Model": model.RULES,
+    "Data": data.RULES,
+    "Adapter": adapter.RULES,
+    "Quantization": quantization.RULES,
+    "Training": training.RULES,
+    "Run": run.RULES,
+    "Kernels, plugins, other methods": other.RULES,
+}
+RULES: tuple[Rule, ...] = tuple(rule for rules in GROUPS.values() for rule in rules)
+
+
+def _by_key() -> dict[str, Rule]:
+    table: dict[str, Rule] = {}
+    for rule in RULES:
+        for key in rule.keys:
+            assert key not in table, f"two rules for {key}"
+            table[key] = rule
+    return table
+
+
+BY_KEY = MappingProxyType(_by_key())
+_BELOW = {key.removesuffix(".**"): rule for key, rule in BY_KEY.items() if key.endswith(".**")}
+_ONE_BELOW = {key.removesuffix(".*"): rule for key, rule in BY_KEY.items() if key.endswith(".*")}
+_EXACT = {key: rule for key, rule in BY_KEY.items() if not key.endswith("*")}
+
+
+def _containers() -> frozenset[str]:
+    """Keys that hold others, e.g. `datasets`, `datasets[]`, `fsdp_config`."""
+    found: set[str] = set()
+    for key in BY_KEY:
+        cut = len(key)
+        while (cut := max(key.rfind(".", 0, cut), key.rfind("[", 0, cut))) > 0:
+            found.add(key[:cut])
+    return frozenset(found)
+
+
+CONTAINERS = _containers()
+
+
+def pattern(path: Path) -> str:
+    """The path as rules name it: an index is `[]`."""
+    text = ""
+    for part in path:
+        text += "[]" if isinstance(part, _Index) else f".{part}" if text else f"{part}"
+    return text
+
+
+def rule_for(path: Path) -> Rule | None:
+    """The rule that covers a key."""
+    if not all(isinstance(part, str | _Index) for part in path):
+        return None if len(path) == 1 else _rule_below(path)
+    return _EXACT.get(pattern(path)) or _ONE_BELOW.get(pattern(path[:-1])) or _rule_below(path)
+
+
+def _rule_below(path: Path) -> Rule | None:
+    for length in range(len(path) - 1, 0, -1):
+        if pattern(path[:length]) in _BELOW:
+            return _BELOW[pattern(path[:length])]
+    return None
+
+
+def takes_a_value(path: Path) -> bool:
+    """Whether a key above this one is one that takes a value and holds no keys."""
+    return any(pattern(path[:length]) in _EXACT for length in range(1, len(path)))
+
+
+def suggestion(path: Path) -> str | None:
+    """The known key that was probably meant, as it is written."""
+    spelled, above = pattern(path), pattern(path[:-1])
+    known = [key for key in BY_KEY if not key.endswith("*")] + [key for key in CONTAINERS if not key.endswith("[]")]
+    beside = [key for key in known if key.rpartition(".")[0] == above or (len(path) == 1 and "." not in key)]
+    close = difflib.get_close_matches(spelled, sorted(beside), n=1, cutoff=0.75)
+    return close[0].rpartition(".")[2] if close else None
