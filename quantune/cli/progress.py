@@ -61,13 +61,17 @@ class ConsoleObserver:
         lost = {
             "too long, dropped": counts.dropped_overlong,
             "too long, truncated": counts.truncated,
+            "too long, split": counts.split,
             "without a target, dropped": counts.zero_target,
         }
-        notes = "".join(f", [yellow]{count} {what}[/]" for what, count in lost.items() if count)
+        notes = "".join(f", [yellow]{count:,} {what}[/]" for what, count in lost.items() if count)
+        held_out = f", {counts.held_out:,} held out" if counts.held_out else ""
         err.print(
             f"[bold]{name}[/]: {counts.kept:,} of {counts.rows:,} rows, {counts.tokens:,} tokens, "
-            f"{counts.target_tokens:,} of them targets{notes}"
+            f"{counts.target_tokens:,} of them targets{held_out}{notes}"
         )
+        if counts.packed_rows:
+            err.print(f"packed into {counts.packed_rows:,} rows, {counts.fill:.1%} full")
 
     def model(self, summary: ModelSummary) -> None:
         rows = table("module", "stored as", ">count", ">weights", ">size")

@@ -1,14 +1,16 @@
-"""Conversations through a tokenizer's chat template: text, tokens, and where in the text the assistant speaks.
+"""Conversations through a tokenizer's chat template: text, tokens, and where in the text each role speaks.
 
 A template that marks what the assistant says with `{% generation %}` is believed. For any other the conversation is
 rendered turn by turn: an answer is what the template appends to the prompt that asks for it. A template that renders an
 earlier turn differently once later turns follow can't be read that way, and is refused rather than masked wrongly.
+
+What the other roles say is what changes when something else is said in its place, and all that changes.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -27,6 +29,23 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PROBE = "quantune"
 
 
+@attrs.frozen(kw_only=True)
+class Turn:
+    """Where in the text a message stands, without its header."""
+
+    role: str
+    """One of ROLES."""
+    said: Span
+    """What it says, without the end token."""
+    end: Span | None
+    """The end token; None where the template puts none."""
+
+    @property
+    def whole(self) -> Span:
+        """From what it says to the end token."""
+        return self.said[0], self.said[1] if self.end is None else self.end[1]
+
+
 @attrs.frozen(kw_only=True, eq=False)
 class EncodedChat:
     """A conversation as text and tokens."""
@@ -35,8 +54,8 @@ class EncodedChat:
     input_ids: Sequence[int]
     offsets: np.ndarray
     """Shape (length, 2), int64: begin and end of each token in `text`."""
-    answers: list[Span]
-    """What the assistant says, in order, end tokens included; empty where nobody asked for it."""
+    turns: list[Turn]
+    """The turns of the roles that were asked for, in order."""
     prompt: Span | None
     """From the beginning to where the last answer begins; None where that is not known."""
 
@@ -51,6 +70,8 @@ class EncodedChat:
         it is with transformers' own assistant mask; one that reaches further out of the span is not.
         """
         begin, end = span
+        if begin == end:
+            return np.zeros(len(self.offsets), dtype=bool)
         starts, stops = self.offsets[:, 0], self.offsets[:, 1]
         chosen = (starts < end) & (stops > begin)
         for index in np.flatnonzero(chosen & ((starts < begin) | (stops > end))):
@@ -92,15 +113,14 @@ def render(
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str, *, find_answers: bool
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], where: str, *, roles: Collection[str]
 ) -> EncodedChat:
-    """Render and tokenize a conversation, once, and find the assistant's part of it.
+    """Render and tokenize a conversation, once, and find the turns of `roles` in it.
 
-    Args:
-        find_answers: fill `answers`; without it no template is refused for what it does to earlier turns.
+    Without roles no template is refused for what it does to earlier turns.
 
     Raises:
-        DataError: there is no chat template, it refuses the messages, or it does not show where the answers are.
+        DataError: there is no chat template, it refuses the messages, or it does not show where the turns are.
     """
     template = chat_template(tokenizer, where)
     if not tokenizer.is_fast:
@@ -110,22 +130,24 @@ def encode_chat(
         )
     text = render(tokenizer, messages, where)
     last = max((index for index, message in enumerate(messages) if message["role"] == "assistant"), default=None)
-    marked = find_answers and last is not None and _GENERATION.search(template) is not None
+    marked = "assistant" in roles and last is not None and _GENERATION.search(template) is not None
     encoded = _tokenize(tokenizer, messages, text, marked)
     offsets = np.asarray(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2)
     answers: list[Span] = []
     if marked:
         answers = _runs(np.asarray(encoded["assistant_masks"], dtype=bool), offsets)
-    elif find_answers:
+    elif "assistant" in roles:
         answers = _appended(tokenizer, messages, text, where)
-    if answers:
-        marker = end_marker(tokenizer, template)
-        answers = [_with_end(span, text, marker) for span in answers]
+    marker = end_marker(tokenizer, template) if roles else ""
+    turns = [_answer(span, text, marker) for span in answers]
+    for index, message in enumerate(messages):
+        if message["role"] in roles and message["role"] != "assistant":
+            turns.append(_turn(message["role"], _replaceable(tokenizer, messages, index, text, where), text, marker))
     return EncodedChat(
         text=text,
         input_ids=encoded["input_ids"],
         offsets=offsets,
-        answers=answers,
+        turns=sorted(turns, key=lambda turn: turn.said),
         prompt=None if last is None else _prompt_of_last(tokenizer, messages[:last], text, where, answers),
     )
 
@@ -185,15 +207,47 @@ def _unclear(where: str, why: str) -> str:
     )
 
 
-def _with_end(span: Span, text: str, marker: str) -> Span:
-    """The span up to its end marker: an answer whose end is masked teaches a model never to stop."""
+def _answer(span: Span, text: str, marker: str) -> Turn:
+    """The answer in `span`, which may reach up to its end marker, behind it, or not so far: an answer whose end is
+    masked teaches a model never to stop."""
     begin, end = span
     said = text[begin:end].rstrip()
     if marker and said.endswith(marker):
-        return begin, begin + len(said)
-    if marker and text.startswith(marker, end):
-        return begin, end + len(marker)
-    return span
+        end = begin + len(said) - len(marker)
+    return _turn("assistant", (begin, end), text, marker)
+
+
+def _turn(role: str, said: Span, text: str, marker: str) -> Turn:
+    """The turn that says `said`, with the end marker that follows it; white space before the end token is said too."""
+    begin, stop = said
+    if not marker or not text.startswith(marker, stop):
+        return Turn(role=role, said=said, end=None)
+    token = stop + len(marker) - len(marker.lstrip())
+    return Turn(role=role, said=(begin, token), end=(token, stop + len(marker)))
+
+
+def _replaceable(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], index: int, text: str, where: str
+) -> Span:
+    """The stretch of text that changes when message `index` says something else, if all else stays as it is."""
+    probe = _PROBE
+    while probe in text:
+        probe += _PROBE
+    replaced = [*messages]
+    replaced[index] = {**messages[index], "content": probe}
+    try:
+        before, found, after = render(tokenizer, replaced, where).partition(probe)
+    except DataError:  # e.g. a template that reads the content
+        before, found, after = text, "", ""
+    begin, end = len(before), len(text) - len(after)
+    once = bool(found) and probe not in after and text.startswith(before) and text.endswith(after)
+    if not once or text[begin:end].strip() != messages[index]["content"].strip():
+        raise DataError(
+            f"{where}: can't tell which tokens message {index} ({messages[index]['role']}) says: the chat template "
+            'shows it in more than one place, changes it, or leaves it out. Use loss_on = "assistant" with '
+            'train_on_eos = "turn", or another [model] chat_template'
+        )
+    return begin, end
 
 
 def _prompt_of_last(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import attrs
@@ -28,12 +28,20 @@ class Counts:
     """Dropped because of `max_length`."""
     truncated: int = 0
     """Cut to `max_length`; kept unless no target was left."""
+    split: int = 0
+    """Split into several samples of at most `max_length`."""
     zero_target: int = 0
     """Dropped because no token is a target."""
     tokens: int = 0
     """Tokens of the samples."""
     target_tokens: int = 0
     """Those of them that are targets."""
+    held_out: int = 0
+    """Samples held out for the evaluation; they count neither as kept nor in the tokens."""
+    packed_rows: int = 0
+    """Rows that the samples were packed into, 0 without packing."""
+    fill: float = 0.0
+    """The share of the packed rows' `max_length` that holds tokens."""
 
 
 class DataObserver(Protocol):
@@ -59,6 +67,8 @@ class Dataset:
             digest.update(len(sample.input_ids).to_bytes(8, "little"))
             digest.update(sample.input_ids.tobytes())
             digest.update(sample.is_target.tobytes())
+            if sample.positions is not None:
+                digest.update(sample.positions.tobytes())
         return digest.hexdigest()
 
 
@@ -86,16 +96,19 @@ def build(
         before = counts.rows, len(samples)
         for row in read_rows(source):
             counts.rows += 1
-            sample = tokenize(read_example(row, source), tokenizer, where=row.where, loss_on=source.loss_on)
-            fitted = _fit(sample, config, counts)
-            if fitted is not None:
+            sample = tokenize(
+                read_example(row, source),
+                tokenizer,
+                where=row.where,
+                loss_on=source.loss_on,
+                train_on_eos=source.train_on_eos,
+            )
+            for fitted in _fit(sample, config, source.format, counts):
                 _check_vocabulary(fitted, tokenizer, vocabulary_size)
                 samples.append(fitted)
         if len(samples) == before[1]:
             unused.append(f"{describe(source)}: none of its {counts.rows - before[0]} rows can be used")
-    counts.kept = len(samples)
-    counts.tokens = sum(len(sample.input_ids) for sample in samples)
-    counts.target_tokens = sum(int(sample.is_target.sum()) for sample in samples)
+    count_samples(samples, counts)
     if not samples:
         raise DataError(_nothing_left(counts, config))
     if observer is not None:
@@ -104,29 +117,58 @@ def build(
     return Dataset(samples=tuple(samples), counts=counts)
 
 
-def _fit(sample: Sample, config: DataConfig, counts: Counts) -> Sample | None:
-    """The sample within `max_length`, or None when it is dropped."""
+def count_samples(samples: Sequence[Sample], counts: Counts) -> None:
+    """Write the number of samples, and of their tokens, into `counts`."""
+    counts.kept = len(samples)
+    counts.tokens = sum(len(sample.input_ids) for sample in samples)
+    counts.target_tokens = sum(int(sample.is_target.sum()) for sample in samples)
+
+
+def _fit(sample: Sample, config: DataConfig, format_: str, counts: Counts) -> Iterator[Sample]:
+    """What is kept of a sample, within `max_length`: itself, its beginning, its pieces or nothing."""
     length = len(sample.input_ids)
+    pieces = [sample]
     if length > config.max_length:
         if config.overlong == "error":
             raise DataError(
                 f"{sample.where}: {length} tokens, more than max_length = {config.max_length}; "
                 'raise it, or set [data] overlong = "drop" or "truncate"'
             )
-        if config.overlong == "drop":
+        if config.overlong == "truncate":
+            counts.truncated += 1
+            pieces = [_cut(sample, 0, config.max_length)]
+        elif config.overlong == "split" and format_ == "completion":
+            counts.split += 1
+            ends = _piece_ends(length, config.max_length)
+            pieces = [_cut(sample, begin, end) for begin, end in zip([0, *ends], ends, strict=False)]
+        else:
             counts.dropped_overlong += 1
-            return None
-        counts.truncated += 1
-        sample = attrs.evolve(
-            sample,
-            input_ids=sample.input_ids[: config.max_length],
-            is_target=sample.is_target[: config.max_length],
-            prompt_length=min(sample.prompt_length, config.max_length),
-        )
-    if not sample.is_target.any():
-        counts.zero_target += 1
-        return None
-    return sample
+            pieces = []
+    for piece in pieces:
+        if piece.is_target.any():
+            yield piece
+        else:
+            counts.zero_target += 1
+
+
+def _piece_ends(length: int, most: int) -> list[int]:
+    """Where the pieces of a text of `length` tokens end: each as long as can be, the last one not a single token, from
+    which nothing could be learned."""
+    ends = [*range(most, length, most), length]
+    if most > 2 and length - ends[-2] == 1:
+        ends[-2] -= 1
+    return ends
+
+
+def _cut(sample: Sample, begin: int, end: int) -> Sample:
+    is_target = sample.is_target[begin:end].copy()
+    is_target[:1] = False  # nothing comes before it to predict it from
+    return attrs.evolve(
+        sample,
+        input_ids=sample.input_ids[begin:end],
+        is_target=is_target,
+        prompt_length=max(0, min(sample.prompt_length, end) - begin),
+    )
 
 
 def _check_vocabulary(sample: Sample, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int | None) -> None:

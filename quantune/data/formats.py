@@ -8,11 +8,10 @@ from typing import Any
 
 import attrs
 
+from quantune.data.messages import encodable, read_messages
 from quantune.data.sources import Row, kind
 from quantune.errors import DataError
 from quantune.recipe.schema import SourceConfig
-
-ROLES = ("system", "user", "assistant", "tool")
 
 
 @attrs.frozen(kw_only=True)
@@ -33,6 +32,55 @@ class PlainText:
     """What is learned."""
 
 
+ALPACA = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+"""Stanford Alpaca's prompt, the answer on a line of its own as alpaca-lora and others have it."""
+ALPACA_NO_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+"""The same for an instruction without an input."""
+
+
+@attrs.frozen(kw_only=True)
+class _Prompts:
+    """How a row becomes a prompt."""
+
+    template: str
+    input_column: str | None
+    """A column that may be empty or missing."""
+    template_no_input: str
+    """The template where it is."""
+
+    def of(self, row: Row) -> str:
+        """The prompt of one row."""
+        has_input = self.input_column is None or row.values.get(self.input_column) not in (None, "")
+        try:
+            prompt = (self.template if has_input else self.template_no_input).format_map(_Columns(row))
+        except (ValueError, IndexError, AttributeError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{row.where}: the template can't be filled in, {error}; write a brace that is text twice, {{{{ or }}}}"
+            ) from error
+        return encodable(prompt, row.where)
+
+
+def _prompts(source: SourceConfig) -> _Prompts | None:
+    """The prompts of a source, None where messages or nothing stand in their place."""
+    if source.format == "alpaca":
+        return _Prompts(template=ALPACA, input_column="input", template_no_input=ALPACA_NO_INPUT)
+    if source.template is None:
+        return None
+    return _Prompts(
+        template=source.template,
+        input_column=source.input_column,
+        template_no_input=source.template_no_input or source.template,
+    )
+
+
 def read_example(row: Row, source: SourceConfig) -> Conversation | PlainText:
     """What a row says, by the source's format.
 
@@ -40,48 +88,46 @@ def read_example(row: Row, source: SourceConfig) -> Conversation | PlainText:
         DataError: a column is missing or does not hold what the format needs.
     """
     if source.format == "chat":
-        return Conversation(messages=_messages(_column(row, source.messages_column), row.where))
+        return Conversation(messages=read_messages(_column(row, source.messages_column), source, row.where))
     if source.format == "completion":
         return PlainText(prompt="", response=_text(row, source.text_column))
-    response = _text(row, source.response_column)
-    if source.template is None:
+    response = _text(row, "output" if source.format == "alpaca" else source.response_column)
+    prompts = _prompts(source)
+    if prompts is None:
         prompt = _text(row, source.prompt_column)
         return Conversation(messages=[{"role": "user", "content": prompt}, {"role": "assistant", "content": response}])
-    try:
-        prompt = source.template.format_map(_Columns(row))
-    except (ValueError, IndexError, AttributeError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{row.where}: the template can't be filled in, {error}; write a brace that is text twice, {{{{ or }}}}"
-        ) from error
-    return PlainText(prompt=_encodable(prompt, row.where), response=response)
+    return PlainText(prompt=prompts.of(row), response=response)
 
 
 def read_prompt(text: str, source: SourceConfig) -> Conversation | PlainText:
     """A prompt from outside, in the form that the prompts of `source` have.
 
-    A template of one column is filled in with the text; one of several takes a JSON object with a key for each.
+    A template of one column is filled in with the text; one of several, or with an input, takes a JSON object with a
+    key for each.
 
     Raises:
         DataError: the text is not such an object.
     """
     if source.format == "completion":
         return PlainText(prompt=text, response="")
-    if source.format == "chat" or source.template is None:
+    prompts = _prompts(source)
+    if prompts is None:
         return Conversation(messages=[{"role": "user", "content": text}])
-    columns = {name for _, name, _, _ in string.Formatter().parse(source.template) if name}
+    columns = {name for _, name, _, _ in string.Formatter().parse(prompts.template_no_input) if name}
     values: Any = {name: text for name in columns}
-    if len(columns) > 1:
+    if len(columns) > 1 or prompts.input_column is not None:
         try:
-            values = json.loads(text)
+            given = json.loads(text)
         except ValueError:
-            values = None
-        if not isinstance(values, dict):
+            given = None
+        if isinstance(given, dict) and columns <= given.keys():
+            values = given
+        elif len(columns) > 1:
             raise DataError(
                 f"the prompt: expected a JSON object with {', '.join(sorted(columns))}, which the template of the "
                 f"training data takes, found {text[:60]!r}"
             )
-    row = Row(values=values, where="the prompt")
-    return PlainText(prompt=source.template.format_map(_Columns(row)), response="")
+    return PlainText(prompt=prompts.of(Row(values=values, where="the prompt")), response="")
 
 
 class _Columns(dict[str, Any]):
@@ -107,44 +153,4 @@ def _text(row: Row, name: str) -> str:
     value = _column(row, name)
     if not isinstance(value, str):
         raise DataError(f'{row.where}: expected text in column "{name}", found {kind(value)}')
-    return _encodable(value, row.where)
-
-
-def _encodable(text: str, where: str) -> str:
-    """The text itself, if it can be tokenized: JSON can spell half of a character, such as `\\ud83d`."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where}: expected text, found half of a character, {text[error.start]!r} at position {error.start}"
-        ) from None
-    return text
-
-
-def _messages(value: Any, where: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list) or not value:
-        raise DataError(
-            f"{where}: expected a list of messages, found {'an empty list' if value == [] else kind(value)}"
-        )
-    messages = []
-    for index, message in enumerate(value):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise DataError(f'{where}: expected message {index} to be an object with "role" and "content"')
-        if message["role"] not in ROLES:
-            raise DataError(
-                f"{where}: expected the role of message {index} to be one of {', '.join(ROLES)}, "
-                f"found {message['role']!r}"
-            )
-        more = {key: value for key, value in message.items() if value is not None}  # Parquet fills gaps with null
-        messages.append({**more, "content": _encodable(_content(message["content"], where, index), where)})
-    return messages
-
-
-def _content(content: Any, where: str, index: int) -> str:
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in content
-    ):
-        return "".join(part["text"] for part in content)
-    raise DataError(f"{where}: expected the content of message {index} to be text, found {kind(content)}")
+    return encodable(value, row.where)

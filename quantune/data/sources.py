@@ -14,6 +14,7 @@ import attrs
 
 from quantune.errors import DataError
 from quantune.recipe.schema import SourceConfig
+from quantune.recipe.slices import Split, parse_split
 
 
 @attrs.frozen(kw_only=True)
@@ -27,7 +28,8 @@ class Row:
 
 
 def read_rows(source: SourceConfig) -> Iterator[Row]:
-    """The rows of a source, in its order, up to `source.limit`; what comes after the limit is not looked at.
+    """The rows of a source's split, in its order, up to `source.limit`; what comes after the limit is not looked at,
+    unless the split is a share of all rows.
 
     Raises:
         DataError: the source can't be read, has no rows, or a row is broken; the message names file and line.
@@ -37,7 +39,8 @@ def read_rows(source: SourceConfig) -> Iterator[Row]:
         empty = False
         yield row
     if empty:
-        raise DataError(f"{describe(source)}: expected at least one row, found none")
+        where = "" if source.split == "train" else f' in split = "{source.split}"'
+        raise DataError(f"{describe(source)}: expected at least one row{where}, found none")
 
 
 def describe(source: SourceConfig) -> str:
@@ -60,7 +63,28 @@ def _rows(source: SourceConfig) -> Iterator[Row]:
         raise DataError(f"{path}: expected a file ending in .jsonl, .json, .csv or .parquet")
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
-    return reader(path)
+    return _sliced(reader(path), _split_of_file(source.split, path))
+
+
+def _split_of_file(text: str, path: Path) -> Split:
+    try:
+        split = parse_split(text)
+    except ValueError as error:
+        raise DataError(f"{path.name}: {error}") from None
+    if split.name != "train":
+        raise DataError(f'{path.name}: expected split = "train" or a slice of it, found {text!r}')
+    return split
+
+
+def _sliced(rows: Iterator[Row], split: Split) -> Iterator[Row]:
+    if split.whole:
+        return rows
+    if not split.needs_count:
+        begin = split.begin or 0
+        return itertools.islice(rows, begin, None if split.end is None else max(begin, split.end))
+    read = list(rows)
+    begin, end = split.bounds(len(read))
+    return iter(read[begin:end])
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
@@ -160,7 +184,12 @@ def _hub(source: SourceConfig) -> Iterator[Row]:
     if source.dataset is None:
         raise DataError("a source needs a path or a dataset, found neither")
     return _from_datasets(
-        source.dataset, source.dataset, name=source.name, split=source.split, revision=source.revision
+        source.dataset,
+        source.dataset,
+        name=source.name,
+        data_files=list(source.data_files) or None,
+        split=source.split,
+        revision=source.revision,
     )
 
 

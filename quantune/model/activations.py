@@ -45,11 +45,11 @@ def offload(model: nn.Module) -> saved_tensors_hooks:
     return saved_tensors_hooks(pack, unpack)
 
 
-def offloading(loss: Callable[[Tensor, Tensor], Tensor], model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def offloading(loss: Callable[..., Tensor], model: nn.Module) -> Callable[..., Tensor]:
     """The loss, its forward pass under `offload`."""
 
-    def offloaded(input_ids: Tensor, labels: Tensor) -> Tensor:
+    def offloaded(*arguments: Any) -> Tensor:
         with offload(model):
-            return loss(input_ids, labels)
+            return loss(*arguments)
 
     return offloaded

@@ -23,6 +23,7 @@ from quantune.model import mini
 from quantune.model.adoption import quantization_of, require_same_format
 from quantune.model.configuration import with_values
 from quantune.model.vocabulary import Additions, add_tokens, grow_embeddings
+from quantune.recipe.chat_templates import template_path
 from quantune.recipe.conflicts import GPU_ATTENTION
 from quantune.recipe.schema import ModelConfig, QuantizationConfig
 
@@ -99,7 +100,7 @@ def open_base(
         require_same_format(config.base, stored, quantization)
         del hf_config.quantization_config  # or transformers would load it in its own way
     if config.chat_template is not None:
-        tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        tokenizer.chat_template = template_path(config.chat_template).read_text(encoding="utf-8")
     additions = add_tokens(tokenizer, config)
     return Base(
         name=config.base,

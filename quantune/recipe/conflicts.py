@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import string
 from collections.abc import Callable, Iterable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 import attrs
 
 from quantune.recipe.schema import (
+    ROLES,
     AdapterConfig,
     CheckpointConfig,
     DataConfig,
@@ -21,14 +23,20 @@ from quantune.recipe.schema import (
     SourceConfig,
     TrainingConfig,
 )
+from quantune.recipe.slices import parse_split
 from quantune.recipe.structure import Finding
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
-COLUMNS_OF = {
-    "chat": ("messages_column",),
-    "instruct": ("prompt_column", "response_column", "template"),
+KEYS_OF = {
+    "chat": ("messages_column", "message_keys", "roles", "drop_system_message", "train_on_eos"),
+    "instruct": ("prompt_column", "response_column", "template", "input_column", "template_no_input"),
     "completion": ("text_column",),
 }
+"""The keys of a source that belong to one format alone."""
+
+
+SourceFinding = tuple[str, str, str, str | None]
+"""Key, code, message and hint."""
 
 
 def check(recipe: Recipe) -> list[Finding]:
@@ -77,17 +85,19 @@ def _divisors_in_words(number: int, shown: int = 12) -> str:
 
 
 def _evaluation(evaluation: EvaluationConfig, data: DataConfig) -> Iterable[Finding]:
-    if not data.eval:
+    sources = data.train if data.eval_size is not None else data.eval
+    if not sources:
         for key in ("at_start", "every_steps", "per_epoch", "exact_match"):
             if getattr(evaluation, key):
                 message = f"{key} asks for an evaluation, and there is nothing to evaluate on"
-                yield Finding(code="QT022", path=("evaluation", key), message=message, hint="add [[data.eval]]")
-    elif evaluation.exact_match and all(source.format == "completion" for source in data.eval):
+                hint = "add [[data.eval]], or set [data] eval_size"
+                yield Finding(code="QT022", path=("evaluation", key), message=message, hint=hint)
+    elif evaluation.exact_match and all(source.format == "completion" for source in sources):
         yield Finding(
             code="QT022",
             path=("evaluation", "exact_match"),
             message="exact_match compares answers to prompts, and completion data has neither",
-            hint='use format = "chat" or "instruct" in [[data.eval]]',
+            hint='use format = "chat" or "instruct" in ' + ("[[data.eval]]" if data.eval else "[[data.train]]"),
         )
 
 
@@ -98,26 +108,99 @@ def _sources(data: DataConfig) -> Iterable[Finding]:
                 yield Finding(code=code, path=("data", part, index, key), message=message, hint=hint)
 
 
-def _source(source: SourceConfig) -> Iterable[tuple[str, str, str, str | None]]:
-    defaults = {field.name: field.default for field in attrs.fields(SourceConfig)}
+def _source(source: SourceConfig) -> Iterable[SourceFinding]:
+    unset = SourceConfig(format=source.format)
     if source.path is None and source.dataset is None:
         yield "path", "QT022", "a source needs a path (a file) or a dataset (of the hub)", None
     if source.path is not None and source.dataset is not None:
         yield "dataset", "QT020", "path and dataset both say where the rows come from", "remove one of them"
     if source.path is not None and source.dataset is None:
-        for key in ("name", "split", "revision"):
-            if getattr(source, key) != defaults[key]:
+        for key in ("name", "revision", "data_files"):
+            if getattr(source, key) != getattr(unset, key):
                 yield key, "QT021", f"{key} belongs to a dataset of the hub and has no meaning beside path", None
         if PurePath(source.path).suffix.lower() not in FILE_TYPES:
             yield "path", "QT014", f"expected a file ending in {', '.join(FILE_TYPES)}, found {source.path!r}", None
-    for format_, keys in COLUMNS_OF.items():
+        yield from _split_of_file(source.split)
+    for format_, keys in KEYS_OF.items():
         for key in keys:
-            if format_ != source.format and getattr(source, key) != defaults[key]:
+            if format_ != source.format and getattr(source, key) != getattr(unset, key):
                 yield key, "QT021", f'{key} has no meaning for format = "{source.format}"', None
-    if source.template is not None and source.format == "instruct":
-        problem = _template_problem(source.template)
+    if source.format == "instruct":
+        yield from _instruct(source)
+    if source.format == "chat":
+        yield from _chat(source)
+    yield from _loss_on(source)
+
+
+def _split_of_file(text: str) -> Iterable[SourceFinding]:
+    try:
+        name = parse_split(text).name
+    except ValueError as error:
+        yield "split", "QT014", str(error), "of a file it is train, or a slice of it, e.g. train[:20%]"
+        return
+    if name != "train":
+        message = f'a file has one split, which is called train; split = "{text}" belongs to a dataset of the hub'
+        yield "split", "QT021", message, "use train, or a slice of it, e.g. train[:20%]"
+
+
+def _instruct(source: SourceConfig) -> Iterable[SourceFinding]:
+    for key in ("template", "template_no_input"):
+        problem = None if getattr(source, key) is None else _template_problem(getattr(source, key))
         if problem:
-            yield "template", "QT014", problem, 'write columns in braces, e.g. "Q: {prompt}\\nA: "'
+            yield key, "QT014", problem, 'write columns in braces, e.g. "Q: {prompt}\\nA: "'
+    if source.template is not None and source.prompt_column != "prompt":
+        message = "prompt_column has no meaning beside template, which names its columns itself"
+        yield "prompt_column", "QT021", message, f"write {{{source.prompt_column}}} in template, or leave template out"
+    pairs = [("input_column", "template_no_input"), ("template_no_input", "input_column")]
+    for key, other in [*pairs, ("input_column", "template")]:
+        if getattr(source, key) is not None and getattr(source, other) is None:
+            yield key, "QT022", f"{key} says which of two templates a row takes, and there is no {other}", None
+
+
+def _chat(source: SourceConfig) -> Iterable[SourceFinding]:
+    for role in source.roles:
+        if role not in ROLES:
+            message = f'expected the roles {", ".join(ROLES)}, found "{role}"'
+            yield "roles", "QT014", message, 'write the data\'s names behind them, e.g. {assistant = ["gpt"]}'
+    names = [(name, role) for role, names in source.roles.items() for name in names]
+    for name, role in names:
+        others = [other for another, other in names if another == name and other != role]
+        if name in ROLES and name != role:
+            others.append(name)
+        if others:
+            yield "roles", "QT020", f'"{name}" is the name of two roles, {role} and {others[0]}', None
+            break
+    keys = list(source.message_keys.values())
+    if len(set(keys)) != len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        yield "message_keys", "QT020", f'two keys of a message are read from "{twice}"', None
+    if source.loss_on == "all" and source.train_on_eos != "turn":
+        message = 'train_on_eos has no meaning beside loss_on = "all", which trains on every token'
+        yield "train_on_eos", "QT021", message, f"list roles: loss_on = {json.dumps(ROLES)}"
+
+
+def _loss_on(source: SourceConfig) -> Iterable[SourceFinding]:
+    if isinstance(source.loss_on, str):
+        return
+    known = ROLES if source.format == "chat" else ("user", "assistant")
+    if source.format == "completion":
+        yield "loss_on", "QT021", "completion has no roles and trains on everything", "leave loss_on out"
+    elif not source.loss_on:
+        yield "loss_on", "QT014", "expected at least one role, found an empty list", None
+    for role in source.loss_on:
+        if source.format != "completion" and role not in known:
+            message = f'expected roles among {", ".join(known)}, found "{role}"'
+            yield "loss_on", "QT014", message, 'or loss_on = "all"' if role == "all" else None
+
+
+def _data(data: DataConfig) -> Iterable[Finding]:
+    if data.eval_size is not None and data.eval:
+        message = "eval_size and [[data.eval]] both say what is evaluated on"
+        yield Finding(code="QT020", path=("data", "eval_size"), message=message, hint="remove one of them")
+    if data.overlong == "split" and not any(source.format == "completion" for source in (*data.train, *data.eval)):
+        message = 'overlong = "split" splits completion text, and no source has any'
+        hint = 'use "drop", which is what happens to other samples that are too long'
+        yield Finding(code="QT021", path=("data", "overlong"), message=message, hint=hint)
 
 
 def _template_problem(template: str) -> str | None:
@@ -262,6 +345,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
     (("training",), _training),
     (("evaluation", "data"), _evaluation),
     (("data",), _sources),
+    (("data",), _data),
     (("model",), _model),
     (("adapter",), _adapter),
     (("adapter",), _adapter_parts),

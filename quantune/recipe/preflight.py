@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from quantune.recipe import chat_templates
 from quantune.recipe.load import LoadedRecipe
 from quantune.recipe.schema import Recipe
 from quantune.recipe.structure import Finding
@@ -77,8 +78,10 @@ def _tokenizer(recipe: Recipe) -> Iterable[Finding]:
 
 def _chat_template(recipe: Recipe) -> Iterable[Finding]:
     template = recipe.model.chat_template
-    if template is not None and not Path(template).is_file():
-        yield Finding(code="QT030", path=("model", "chat_template"), message=f"there is no file {template}")
+    if template is not None and not chat_templates.template_path(template).is_file():
+        message = f"there is no file {template}"
+        hint = chat_templates.suggestion(template)
+        yield Finding(code="QT030", path=("model", "chat_template"), message=message, hint=hint)
 
 
 def _start_from(recipe: Recipe) -> Iterable[Finding]:

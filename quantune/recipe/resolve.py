@@ -8,6 +8,7 @@ from typing import Any
 
 import attrs
 
+from quantune.recipe import chat_templates
 from quantune.recipe.schema import Recipe
 
 
@@ -44,7 +45,7 @@ def with_absolute_paths(recipe: Recipe, recipe_path: Path) -> Recipe:
             recipe.model,
             base=base,
             tokenizer=model_path(recipe.model.tokenizer),
-            chat_template=None if template is None else absolute(template),
+            chat_template=template if template is None or template in chat_templates.NAMES else absolute(template),
         ),
         data=attrs.evolve(recipe.data, train=sources(recipe.data.train), eval=sources(recipe.data.eval)),
         output=attrs.evolve(recipe.output, dir=directory),

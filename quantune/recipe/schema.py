@@ -21,6 +21,9 @@ from quantune.recipe.checks import (
     positive_or_auto,
 )
 
+ROLES = ("system", "user", "assistant", "tool")
+"""Who can say something in a conversation."""
+
 
 @attrs.frozen(kw_only=True)
 class SpecialTokensConfig:

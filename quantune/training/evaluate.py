@@ -29,15 +29,17 @@ def evaluate(
     pad_id: int,
     device: torch.device,
     step: int,
+    pad_to: int = 0,
 ) -> EvaluationResult:
-    """Evaluate on `samples`, longest batches first; the model is left in the mode it was in."""
+    """Evaluate on `samples`, longest batches first, each padded to at least `pad_to` tokens; the model is left in the
+    mode it was in."""
     begun = time.perf_counter()
     samples = samples[: config.max_samples]
     by_length = sorted(samples, key=lambda sample: -len(sample.input_ids))
     training = model.training
     model.eval()
     try:
-        mean = _mean_loss(loss, by_length, config.batch_size, pad_id, device)
+        mean = _mean_loss(loss, by_length, config.batch_size, pad_id, pad_to, device)
         answers = _answers(model, by_length, tokenizer, config, pad_id, device) if config.exact_match else []
     finally:
         model.train(training)
@@ -92,11 +94,12 @@ def _mean_loss(
     samples: Sequence[Sample],
     batch_size: int,
     pad_id: int,
+    pad_to: int,
     device: torch.device,
 ) -> float:
     total, targets = 0.0, 0
     for start in range(0, len(samples), batch_size):
-        batch = collate(samples[start : start + batch_size], pad_id)
+        batch = collate(samples[start : start + batch_size], pad_id, pad_to)
         total += float(loss(batch.input_ids.to(device), batch.labels.to(device)))
         targets += batch.target_tokens
     return total / targets

@@ -16,7 +16,7 @@ from types import FrameType
 
 import attrs
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from quantune.data.collate import collate
 from quantune.data.dataset import Dataset
@@ -24,8 +24,10 @@ from quantune.data.order import step_indices
 from quantune.data.tokenization import Sample
 from quantune.errors import NonFiniteError
 from quantune.recipe.schema import Recipe
+from quantune.training.loss import Loss
 from quantune.training.observer import EvaluationResult, Observer, StepMetrics
 from quantune.training.optimizer import set_learning_rate
+from quantune.training.packed_rows import RowLayout
 from quantune.training.schedule import learning_rate
 
 
@@ -35,8 +37,7 @@ class Job:
 
     recipe: Recipe
     model: nn.Module
-    loss: Callable[[Tensor, Tensor], Tensor]
-    """Sum of the cross-entropies of (input_ids, labels)."""
+    loss: Loss
     parameters: Mapping[str, nn.Parameter]
     """What is trained, by name."""
     optimizer: torch.optim.Optimizer
@@ -46,6 +47,10 @@ class Job:
     total_steps: int
     warmup_steps: int
     micro_batch_size: int
+    pad_to: int = 0
+    """Tokens that every micro-batch is padded to at least."""
+    layout: RowLayout = attrs.field(factory=RowLayout)
+    """How packed rows are given to the model."""
 
 
 @attrs.define(kw_only=True)
@@ -126,12 +131,12 @@ def train_step(job: Job, step: int) -> StepMetrics:
     begun = time.perf_counter()
     config = job.recipe.training
     samples = step_samples(job, step)
-    micro_batches = [collate(chunk, job.pad_id) for chunk in _split(samples, job.micro_batch_size)]
+    micro_batches = [collate(chunk, job.pad_id, job.pad_to) for chunk in _split(samples, job.micro_batch_size)]
     targets = sum(batch.target_tokens for batch in micro_batches)
 
     total_loss = 0.0
     for batch in micro_batches:
-        loss = job.loss(batch.input_ids.to(job.device), batch.labels.to(job.device)) / targets
+        loss = job.loss(*job.layout.arrange(batch, job.device)) / targets
         loss.backward()
         total_loss += float(loss.detach())
         if not math.isfinite(total_loss):

@@ -8,7 +8,8 @@ frozen and its logits are used as they are, the gradient is computed in the forw
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -22,6 +23,9 @@ from quantune.data.collate import IGNORED
 
 CHUNK_BYTES = 32 * 1024 * 1024
 """Bytes of logits held at a time; 32 to 64 MB measured fastest on CPUs."""
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+Loss = Callable[..., Tensor]
+"""Sum of the cross-entropies of (input_ids, labels, the model's other arguments); the last may be left out."""
 
 
 class FrozenHeadLoss(torch.autograd.Function):
@@ -58,14 +62,14 @@ class LanguageModelLoss:
     finish: Callable[[Tensor], Tensor] | None
     """What the architecture does to the head's output (scaling, soft-capping); None for nothing."""
 
-    def __call__(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, labels: Tensor, arguments: Mapping[str, Any] = NOTHING) -> Tensor:
         """The sum of the cross-entropies over all targets, fp32.
 
         `input_ids` and `labels`, both (batch, length) int64, are aligned: position i of the labels is predicted from
         the positions before it; labels of -100 are no targets. Padding stands at the right, where causal attention
-        keeps it from every real token, so there is no attention mask.
+        keeps it from every real token, so there is no attention mask. What packed rows need stands in `arguments`.
         """
-        hidden_BLD = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden_BLD = self.backbone(input_ids=input_ids, **arguments, use_cache=False).last_hidden_state
         targets_BL = labels[:, 1:]
         predicted = targets_BL != IGNORED
         hidden_ND, labels_N = hidden_BLD[:, :-1][predicted], targets_BL[predicted]
@@ -93,9 +97,9 @@ class WholeLogitsLoss:
 
     model: nn.Module
 
-    def __call__(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, labels: Tensor, arguments: Mapping[str, Any] = NOTHING) -> Tensor:
         """As `LanguageModelLoss`."""
-        logits = self.model(input_ids=input_ids, use_cache=False).logits[:, :-1]
+        logits = self.model(input_ids=input_ids, **arguments, use_cache=False).logits[:, :-1]
         targets = labels[:, 1:]
         predicted = targets != IGNORED
         return functional.cross_entropy(logits[predicted].float(), targets[predicted], reduction="sum")

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from quantune.checkpoint.commit import write_committed
 from quantune.checkpoint.fingerprint import environment, hash_files
 from quantune.checkpoint.run_folder import RunFolder
 from quantune.checkpoint.state import load_state, save_state
-from quantune.data import dataset as data
+from quantune.data.dataset import Dataset
+from quantune.data.prepare import prepare
 from quantune.errors import CheckpointError, InterruptedRun
 from quantune.model import adapter, targets
 from quantune.model.activations import offloading, recompute_blocks
@@ -31,10 +31,11 @@ from quantune.recipe.resolve import to_dict, to_toml
 from quantune.recipe.schema import Recipe
 from quantune.training.evaluate import evaluate
 from quantune.training.loop import Hooks, Job, Progress, StopRequest, fit
-from quantune.training.loss import build_loss
+from quantune.training.loss import Loss, build_loss
 from quantune.training.memory import measure_peak
 from quantune.training.observer import EvaluationResult, ModelSummary, Observer, StepMetrics
 from quantune.training.optimizer import build_optimizer, page_state, require_optimizer
+from quantune.training.packed_rows import RowLayout, layout_for
 from quantune.training.resolve import resolve, without_effect
 
 UNCHANGEABLE = ("model", "quantization", "adapter", "training")
@@ -92,13 +93,19 @@ def train(
     embedding: Any = meta.get_input_embeddings()
 
     observer.phase("reading the data")
-    dataset = data.build(recipe.data.train, recipe.data, base.tokenizer, vocabulary_size=embedding.num_embeddings)
+    data = prepare(
+        recipe.data,
+        base.tokenizer,
+        seed=recipe.training.seed,
+        vocabulary_size=embedding.num_embeddings,
+        observer=observer,
+    )
+    dataset, held_out = data.train, data.eval
     observer.data("train", dataset.counts)
-    held_out = None
-    if recipe.data.eval:
-        held_out = data.build(recipe.data.eval, recipe.data, base.tokenizer, vocabulary_size=embedding.num_embeddings)
+    if held_out is not None:
         observer.data("eval", held_out.counts)
-    longest = max(len(sample.input_ids) for sample in dataset.samples)
+    pad_to = recipe.data.max_length if recipe.data.pad_to_max_length else 0
+    longest = max(pad_to, *(len(sample.input_ids) for sample in dataset.samples))
     recipe = resolve(recipe, device=device, sample_count=len(dataset.samples), longest=longest)
 
     observer.phase("loading the base")
@@ -109,7 +116,8 @@ def train(
     optimizer = build_optimizer(parameters, recipe.training)
     inner = model.get_base_model()
     assert isinstance(inner, PreTrainedModel)
-    loss: Callable[[Tensor, Tensor], Tensor] = build_loss(inner)
+    loss: Loss = build_loss(inner)
+    layout = layout_for(inner) if recipe.data.packing else RowLayout()
     if recipe.training.activation_checkpointing:
         recompute_blocks(inner)
     if recipe.training.activation_checkpointing == "offload":
@@ -119,6 +127,8 @@ def train(
         compile_blocks(inner)
 
     fingerprints = {**_fingerprints(recipe, base, dataset), "the packed weights": packed}
+    if recipe.data.eval_size is not None and held_out is not None:
+        fingerprints["the tokens of the held-out data"] = held_out.fingerprint()
     if split is not None:
         fingerprints["the weights that the adapter's share was taken out of"] = split.dense_digest.hexdigest()
     progress = Progress()
@@ -148,6 +158,7 @@ def train(
                 pad_id=base.pad_id,
                 device=device,
                 step=step,
+                pad_to=pad_to,
             )
         folder.metrics.append({"event": "evaluation", **attrs.asdict(result)})
         evaluations.append(result)
@@ -182,6 +193,8 @@ def train(
         total_steps=recipe.training.max_steps,
         warmup_steps=recipe.training.warmup_steps,
         micro_batch_size=recipe.training.micro_batch_size,
+        pad_to=pad_to,
+        layout=layout,
     )
     with StopRequest().listening() as stop, tf32(recipe.training.tf32):
         if recipe.evaluation.at_start and progress.step == 0:
@@ -228,7 +241,7 @@ def _load(
     return peft_model, summary, packed
 
 
-def _fingerprints(recipe: Recipe, base: Base, dataset: data.Dataset) -> dict[str, Any]:
+def _fingerprints(recipe: Recipe, base: Base, dataset: Dataset) -> dict[str, Any]:
     """What a resumed run must share with the run that wrote the checkpoint."""
     document = to_dict(recipe)
     prints: dict[str, Any] = {f"[{section}]": document.get(section) for section in UNCHANGEABLE}

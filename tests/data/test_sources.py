@@ -102,3 +102,55 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
 def test_a_source_of_nothing_is_an_error():
     with pytest.raises(DataError, match="needs a path or a dataset"):
         list(read_rows(SourceConfig(format="chat")))
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_a_slice_of_a_file_keeps_the_places_of_its_rows(tmp_path, kind):
+    import datasets
+
+    rows = [{"text": f"row {n}"} for n in range(10)]
+    path = tmp_path / f"x.{kind}"
+    text = {
+        "jsonl": "\n".join(map(json.dumps, rows)),
+        "json": json.dumps(rows),
+        "csv": "text\nrow " + "\nrow ".join("0123456789"),
+    }
+    if kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    else:
+        write(path, text[kind])
+    whole = list(read_rows(source(path)))
+    for split, expected in [("train[:20%]", whole[:2]), ("train[-3:]", whole[-3:]), ("train[2:4]", whole[2:4])]:
+        assert list(read_rows(source(path, split=split))) == expected
+    assert list(read_rows(source(path, split="train[50%:]", limit=2))) == whole[5:7]
+
+
+def test_rows_after_a_slice_are_not_even_read(tmp_path):
+    path = write(tmp_path / "x.jsonl", '{"text": "a"}\n{"text": "b"}\nbroken\n')
+    assert values(path, split="train[1:2]") == [{"text": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("train[5:]", 'x.jsonl: expected at least one row in split = "train[5:]", found none'),
+        ("test", "x.jsonl: expected split = \"train\" or a slice of it, found 'test'"),
+        ("train[", "x.jsonl: expected a split such as train[:20%]"),
+    ],
+)
+def test_a_slice_that_holds_nothing_or_is_none_is_an_error(tmp_path, split, message):
+    with pytest.raises(DataError, match=re.escape(message)):
+        values(write(tmp_path / "x.jsonl", '{"text": "a"}\n'), split=split)
+
+
+def test_files_and_slices_of_a_dataset_are_chosen_as_the_datasets_library_does(tmp_path):
+    (tmp_path / "hub").mkdir()
+    for name in ("a", "b", "c"):
+        write(tmp_path / "hub" / f"{name}.jsonl", "".join(json.dumps({"text": f"{name}{n}"}) + "\n" for n in range(4)))
+    found = SourceConfig(
+        dataset=str(tmp_path / "hub"),
+        format="completion",
+        data_files=("a.jsonl", "c.jsonl"),
+        split="train[:25%]+train[-1:]",
+    )
+    assert [row.values["text"] for row in read_rows(found)] == ["a0", "a1", "c3"]

@@ -76,7 +76,7 @@ from recipe_support import VALID, load, problems, write
         (
             '[[data.train]]\npath = "x.csv"\nsplit = "test"\nformat = "chat"',
             "data.train[1].split",
-            "has no meaning beside path",
+            "a file has one split, which is called train",
         ),
         ('[[data.train]]\npath = "x.txt"\nformat = "chat"', "data.train[1].path", "expected a file ending in .jsonl"),
         (
