@@ -15,6 +15,7 @@ from quantune.recipe import conflicts, legacy, positions
 from quantune.recipe.overrides import apply_override, parse_path
 from quantune.recipe.schema import QuantizationConfig, Recipe
 from quantune.recipe.structure import Finding, structure
+from quantune.recipe.syntax import toml_problem
 
 OptionsOf = Callable[[str], type]
 OF_VALUES = ("QT013", "QT014", "QT015", "QT030")
@@ -41,18 +42,20 @@ class LoadedRecipe:
     text: str
     origins: dict[positions.Path, str] = attrs.field(factory=dict)
     """What `--set` set, by key path."""
+    rewritten: legacy.Rewritten = attrs.field(factory=lambda: legacy.Rewritten(document={}))
+    """What older spellings in it were rewritten to."""
     warnings: tuple[Problem, ...] = ()
     """Deprecated spellings, each with how to write it now."""
 
     def problem(self, code: str, where: str, message: str, hint: str | None = None) -> Problem:
         """One problem at `where` (`data.train[0].path`), with its position."""
         path = parse_path(where) or (where,)
-        finding = Finding(code=code, path=path, message=message, hint=hint)
+        finding = Finding(code=code, path=self.rewritten.source(path), message=message, hint=hint)
         return _locate(finding, self.text, self.path, self.origins)
 
     def error(self, findings: Iterable[Finding]) -> RecipeError:
         """The findings as one error with positions."""
-        return _error(findings, self.text, self.path, self.origins)
+        return _error(self.rewritten.placed(findings), self.text, self.path, self.origins)
 
 
 def load_recipe(
@@ -77,7 +80,7 @@ def load_recipe(
     try:
         document = tomli.loads(text)
     except tomli.TOMLDecodeError as error:
-        raise RecipeError([_toml_problem(error, text, path)]) from error
+        raise RecipeError([toml_problem(error, text, path)]) from error
     except (ValueError, RecursionError) as error:  # tomli's answer to thousands of digits and to nesting hundreds deep
         reason = "nested too deeply" if isinstance(error, RecursionError) else "a number has too many digits"
         problem = Problem(code="QT002", where="recipe", message=f"not usable TOML: {reason}", origin=str(path))
@@ -87,14 +90,13 @@ def load_recipe(
     for override in overrides:
         findings += apply_override(document, override, origins)
     rewritten = legacy.rewrite(document)
-    findings += rewritten.findings
     recipe, found = structure_recipe(rewritten.document, options_of, backends_with)
-    findings += found
-    findings += conflicts.check_sections(sound_sections(rewritten.document, findings))
+    found += conflicts.check_sections(sound_sections(rewritten.document, [*rewritten.findings, *found]))
+    findings += [*rewritten.findings, *rewritten.placed(found)]
     if findings or recipe is None:
         raise _error(findings, text, path, origins)
     warnings = tuple(_locate(warning, text, path, origins) for warning in rewritten.warnings)
-    return LoadedRecipe(recipe=recipe, path=path, text=text, origins=origins, warnings=warnings)
+    return LoadedRecipe(recipe=recipe, path=path, text=text, origins=origins, rewritten=rewritten, warnings=warnings)
 
 
 def structure_recipe(
@@ -104,14 +106,15 @@ def structure_recipe(
     document = dict(document)
     table = document.get("quantization")
     if not isinstance(table, dict):
-        return structure(Recipe, document)
+        recipe, findings = structure(Recipe, document)
+        return recipe, [_adapter_is_missing(finding, document) for finding in findings]
     own = [field.name for field in attrs.fields(QuantizationConfig) if field.name != "options"]
     document["quantization"] = {key: value for key, value in table.items() if key in own}
     recipe, findings = structure(Recipe, document)
     findings = [
         attrs.evolve(finding, hint="quantune backends list shows those there are")
         if finding.path == ("quantization", "backend")
-        else finding
+        else _adapter_is_missing(finding, document)
         for finding in findings
     ]
     options, found = _structure_options(table, own, options_of, backends_with)
@@ -132,6 +135,17 @@ def sound_sections(document: dict[str, Any], findings: Sequence[Finding]) -> dic
     if "quantization" not in document:
         sections["quantization"] = None
     return sections
+
+
+def _adapter_is_missing(finding: Finding, document: dict[str, Any]) -> Finding:
+    """The finding; where it is that there is no adapter, with what that means and what to write."""
+    if finding.path != ("adapter",) or finding.code != "QT010":
+        return finding
+    if "quantization" in document:
+        message = "a quantized base is frozen, and without an adapter nothing would be trained"
+        hint = "add [adapter]; the header alone takes every default"
+        return Finding(code="QT120", path=("quantization",), message=message, hint=hint)
+    return attrs.evolve(finding, hint="add [adapter], which is what is trained; the header alone takes every default")
 
 
 def _structure_options(
@@ -189,20 +203,6 @@ def _read(path: Path) -> str:
         raise problem(f"expected UTF-8 text, found other bytes at position {error.start}") from None
     except OSError as error:
         raise problem(f"can't be read: {error.strerror}") from None
-
-
-def _toml_problem(error: tomli.TOMLDecodeError, text: str, path: Path) -> Problem:
-    line, column = error.lineno, error.colno
-    lines = positions.lines_of(text)
-    return Problem(
-        code="QT002",
-        where="recipe",
-        message=f"not valid TOML: {error.msg[0].lower()}{error.msg[1:]}",
-        origin=str(path),
-        line=line,
-        column=column,
-        source_line=lines[line - 1] if line <= len(lines) else None,
-    )
 
 
 def _error(findings: Iterable[Finding], text: str, path: Path, origins: dict[positions.Path, str]) -> RecipeError:

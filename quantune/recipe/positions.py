@@ -59,6 +59,19 @@ def value_span(text: str, path: Path) -> Span | None:
     return None if mark is None or mark.value is None else _span(text, *mark.value)
 
 
+def last_repeated(text: str) -> tuple[str, Span, Span] | None:
+    """The name of the last key of the text that is set again, where it is set before, and where again.
+
+    The text may end within a table's header; tomli refused what it says up to there for setting a key twice.
+    """
+    scanner = _Scanner(_normalized(text))
+    scanner.scan()
+    if scanner.repeated is None:
+        return None
+    name, before, again = scanner.repeated
+    return name, _span(text, *before), _span(text, *again)
+
+
 def lines_of(text: str) -> list[str]:
     """The lines of a TOML text; only a newline ends one, unlike for `str.splitlines`."""
     return _normalized(text).split("\n")
@@ -98,6 +111,8 @@ class _Scanner:
         self.marks: dict[Path, _Mark] = {}
         self.tables: dict[Path, int] = {}
         """How many tables each array of tables has so far."""
+        self.repeated: tuple[str, tuple[int, int], tuple[int, int]] | None = None
+        """The last key that was marked again: its name, and both places."""
 
     def scan(self) -> Mapping[Path, _Mark]:
         table: Path = ()
@@ -122,7 +137,8 @@ class _Scanner:
             if path in self.tables:  # what stands below an array of tables belongs to its last one
                 path = (*path, self.tables[path] - 1)
         path = (*path, last)
-        self._mark(path, (key[0], key[1]), explicit=True)
+        if brackets == 1 or path not in self.tables:
+            self._mark(path, (key[0], key[1]), explicit=True)
         if brackets == 2:
             index = self.tables.setdefault(path, 0)
             self.tables[path] += 1
@@ -184,6 +200,8 @@ class _Scanner:
     ) -> None:
         """Note where a path is set; as long as it isn't, where it is first mentioned."""
         known = self.marks.get(path)
+        if known is not None and (explicit or known.value is not None):
+            self.repeated = str(path[-1]), known.key, key
         if known is None or (explicit and not known.explicit):
             self.marks[path] = _Mark(key, value, explicit)
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from recipe_support import VALID, load, options_of, problems, write
 
+from quantune.errors import Place
 from quantune.recipe import codes
 from quantune.recipe.load import load_recipe
+from quantune.recipe.structure import Finding
 
 
 def test_a_valid_recipe_is_structured_with_defaults_and_backend_options(tmp_path):
@@ -399,3 +401,15 @@ def test_what_is_underlined_is_the_key_or_the_value_that_is_wrong(tmp_path):
     assert wrong.where == "adapter.r" and (wrong.column, wrong.underline) == (1, (9, 3))
     assert lacking.where == "data.train[0].format" and lacking.source_line == "[[data.train]]"
     assert unknown.where == "data.train[0].formt" and unknown.underline == (1, 5)
+
+
+def test_a_finding_about_two_keys_shows_both_places_wherever_they_were_set(tmp_path):
+    finding = Finding(
+        code="QT020", path=("training", "max_steps"), message="", other=("adapter", "r"), other_label="and this says 8"
+    )
+    path = write(tmp_path, VALID)
+    (problem,) = load_recipe(path, options_of=options_of).error([finding]).problems
+    (other,) = problem.related
+    assert (problem.line, other.line, other.source_line, other.label) == (17, 9, "r = 8", "and this says 8")
+    overridden = load_recipe(path, options_of=options_of, overrides=["adapter.r=4"]).error([finding])
+    assert overridden.problems[0].related == (Place(origin="--set adapter.r=4", label="and this says 8"),)
