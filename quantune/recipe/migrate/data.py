@@ -38,34 +38,34 @@ _CHAT = ("chat_template", "chat_template.default", "chat_template.load")
 _ALPACA = ("Below is an instruction that describes a task", "paired with an input that provides further context")
 _REQUEST = "Write a response that appropriately completes the request."
 _SYSTEM = (f"{_ALPACA[0]}, {_ALPACA[1]}. {_REQUEST}", f"{_ALPACA[0]}. {_REQUEST}")
-_CONCISE = (
-    "Below is an instruction from a USER that describes a task, paired with an input that provides further context. "
-    "The ASSISTANT writes a response that concisely and appropriately completes the request.\n\n",
-    "Below is an instruction from a USER that describes a task. "
-    "The ASSISTANT writes a response that appropriately and concisely completes the request.\n\n",
-)
+_STYLES = {
+    "chat": ("SYSTEM: {system}\nUSER: {instruction}\n{input}\nASSISTANT:", "{input}\n"),
+    "chatml": (
+        "<|im_start|>system\n{system}<|im_end|>\n"
+        "<|im_start|>user\n{instruction}\n{input}<|im_end|>\n<|im_start|>assistant\n",
+        "\n{input}",
+    ),
+}
+"""Alpaca's prompt in other styles, and what a row without input leaves out."""
 
 
-def _spoken(system: tuple[str, str], instruction: str = "instruction") -> tuple[str, str]:
-    """The prompts with and without an input in the style USER: ... ASSISTANT:."""
-    return (
-        f"SYSTEM: {system[0]}\nUSER: {{{instruction}}}\n{{input}}\nASSISTANT:",
-        f"SYSTEM: {system[1]}\nUSER: {{{instruction}}}\nASSISTANT:",
-    )
-
-
-def _instruct(response: str, template: str, without: str | None = None) -> dict[str, str]:
-    made = {"format": "instruct", "response_column": response, "template": template}
-    return made if without is None else {**made, "input_column": "input", "template_no_input": without}
+def _styled(style: str) -> dict[str, str]:
+    """Alpaca's prompts in another style, as keys of a source."""
+    full, given = _STYLES[style]
+    return {
+        "format": "instruct",
+        "response_column": "output",
+        "template": full.replace("{system}", _SYSTEM[0]),
+        "input_column": "input",
+        "template_no_input": full.replace(given, "").replace("{system}", _SYSTEM[1]),
+    }
 
 
 PROMPTS: dict[str, dict[str, str]] = {
     **{name: {"format": "chat"} for name in _CHAT},
     "alpaca": {"format": "alpaca"},
     "completion": {"format": "completion"},
-    "alpaca:chat": _instruct("output", *_spoken(_SYSTEM)),
-    "alpaca_chat.load_concise": _instruct("output", *_spoken(_CONCISE)),
-    "alpaca_chat.load_qa": _instruct("answer", _spoken(_CONCISE, "question")[1]),
+    **{f"alpaca:{style}": _styled(style) for style in _STYLES},
 }
 """The keys of a source for each `type` that is text."""
 _CUSTOM = {

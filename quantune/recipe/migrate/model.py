@@ -120,8 +120,8 @@ def chat_template(leaf: Leaf) -> Outcome:
         return Outcome(what="translated", note=note, changed=True)
     if name in TEMPLATES:
         ours, differs = TEMPLATES[name]
-        note = "quantune's own writing of that format; compare a rendered sample" if differs else None
-        return write(path, ours, note, changed=differs)
+        own = "quantune's own writing of that format; compare a rendered sample"
+        return write(path, ours, own if differs else None, changed=differs)
     if name in OTHER_TEMPLATES:
         note = "the tokenizer's own template, which may differ from that tool's of this name"
         return Outcome(what="translated", note=note, changed=True)
@@ -141,7 +141,7 @@ def chat_template_jinja(leaf: Leaf) -> Outcome:
 
 
 def _jinja_of(leaf: Leaf) -> str:
-    holder = leaf.config.values
+    holder: Any = leaf.config.values
     for step in leaf.path[:-1]:
         holder = holder[step]
     given = holder.get("chat_template_jinja")
