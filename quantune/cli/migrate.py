@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from quantune.cli.console import err, out, table
+from quantune.cli.problems import render
 from quantune.recipe.migrate.files import Migrated, migrate_files, yaml_files
 from quantune.recipe.migrate.report import OUTCOMES, Entry
 from quantune.recipe.migrate.writing import shown
@@ -66,10 +67,7 @@ def _print_report(one: Migrated, *, all_keys: bool) -> None:
         if loud or (all_keys and entry.outcome != "default"):
             _print_entry(report.name, entry)
     for problem in report.problems:
-        place = ":".join(str(part) for part in (problem.origin, problem.line, problem.column) if part is not None)
-        err.print(f"[bold]{escape(shown(place, 200))}[/] {escape(shown(problem.message, 400))}  [dim]{problem.code}[/]")
-        if problem.hint:
-            err.print(f"      [green]{escape(problem.hint)}[/]")
+        err.print(render(problem, err.width))
     if all_keys:
         counts = [f"{count} {outcome}" for outcome, count in report.counts.items() if count]
         err.print(f"{escape(shown(report.name, 200))}: {', '.join(counts) or 'nothing read'}")

@@ -137,7 +137,8 @@ def train(
     else:
         folder.clear()
     folder.write_recipe(to_toml(recipe))
-    folder.write_manifest({**environment(), "device": summary.device, "fingerprints": fingerprints})
+    counts = {part: attrs.asdict(read.counts) for part, read in (("train", dataset), ("eval", held_out)) if read}
+    folder.write_manifest({**environment(), "device": summary.device, "data": counts, "fingerprints": fingerprints})
     folder.write_status("running", progress.step)
 
     evaluations: list[EvaluationResult] = []

@@ -1,5 +1,8 @@
 """What the keys of a source and of `[data]` say together, and chat templates by name."""
 
+import re
+from pathlib import Path
+
 import pytest
 from recipe_support import VALID, load, options_of, problems, write
 
@@ -160,3 +163,23 @@ def test_a_template_that_is_neither_is_an_error_with_a_suggestion(tmp_path, name
     (problem,) = caught.value.problems
     assert (problem.code, problem.line) == ("QT030", 3)
     assert "there is no file" in problem.message and hint in problem.hint
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
+def test_every_example_of_the_page_on_data_is_a_recipe(tmp_path, example):
+    parts = {
+        "[model]": '[model]\nbase = "builtin:mini"\n',
+        "[adapter]": "[adapter]\n",
+        "[data]": "",
+        "[[data.train]]": '[[data.train]]\npath = "x.csv"\nformat = "chat"\n',
+    }
+    load(write(tmp_path, example + "".join(text for header, text in parts.items() if header not in example)))
+
+
+def test_the_page_on_data_names_every_template():
+    section = PAGE.split("## Chat templates")[1].split("```")[0]
+    assert re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE) == list(NAMES)

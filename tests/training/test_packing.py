@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import attrs
 import pytest
 import torch
 import transformers
@@ -15,6 +16,7 @@ from quantune.data.packing import pack
 from quantune.data.tokenization import Sample
 from quantune.errors import ModelError
 from quantune.model import adapter
+from quantune.model.activations import offloading, recompute_blocks
 from quantune.model.base import open_base
 from quantune.model.compilation import compile_blocks
 from quantune.model.load import load_model
@@ -163,7 +165,7 @@ def build(**config):
     return model, build_loss(model.get_base_model())
 
 
-@pytest.mark.parametrize("option", ["compile", "activation_checkpointing"])
+@pytest.mark.parametrize("option", ["compile", "activation_checkpointing", "offload"])
 def test_compiled_and_checkpointed_blocks_keep_samples_apart_too(option):
     model, loss = build()
     layout, dataset = layout_for(model.get_base_model()), samples(4000)
@@ -172,7 +174,8 @@ def test_compiled_and_checkpointed_blocks_keep_samples_apart_too(option):
     if option == "compile":
         compile_blocks(model.get_base_model(), backend="eager")
     else:
-        model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute_blocks(model.get_base_model())
+        loss = offloading(loss, model.get_base_model()) if option == "offload" else loss
     packed = pack(dataset, ROOM, keep_order=True).samples
     batches = [collate(packed[start : start + 2], 0, ROOM) for start in range(0, len(packed), 2)]
     found, gradients = value_and_gradients(model, loss, batches, layout)
@@ -233,6 +236,9 @@ def test_a_packed_run_holds_out_counts_rows_and_resumes_with_the_same_bytes(data
     assert sum(step["tokens"] for step in steps[: train_counts.packed_rows // 4]) <= train_counts.tokens
     assert all(step["tokens"] > 4 * 64 * 0.5 for step in steps)
     assert steps[0]["epoch"] == pytest.approx(4 / train_counts.packed_rows)
+    manifest = json.loads((data / "packed" / "manifest.json").read_text())
+    assert manifest["data"]["train"] == attrs.asdict(train_counts) and manifest["data"]["eval"]["kept"] == 4
+    assert manifest["fingerprints"]["the tokens of the held-out data"]
 
     weights = data / "packed" / "adapter" / "adapter_model.safetensors"
     before = weights.read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -277,12 +278,16 @@ def _drop_system(leaf: Leaf) -> Outcome:
     return write(at(leaf, "drop_system_message"), True) if flag(leaf.value) else same()
 
 
+@lru_cache(maxsize=1)
+def _templates(config: Config) -> set[str]:
+    return {template_of(config, dataset) for dataset in _datasets(config) if format_of(dataset) == "chat"}
+
+
 def _template(rule: Callable[[Leaf], Outcome]) -> Callable[[Leaf], Outcome]:
     """A dataset's own chat template, where it is that of all datasets."""
 
     def apply(leaf: Leaf) -> Outcome:
-        chats = [dataset for dataset in _datasets(leaf.config) if format_of(dataset) == "chat"]
-        if len({template_of(leaf.config, dataset) for dataset in chats}) > 1:
+        if len(_templates(leaf.config)) > 1:
             return refuse("a recipe has one chat template for all sources")
         return rule(leaf)
 
@@ -336,6 +341,7 @@ def _train_on_inputs(leaf: Leaf) -> Outcome:
 # lengths, order, evaluation
 
 
+@lru_cache(maxsize=1)
 def _overlong(config: Config) -> str:
     if any(format_of(dataset) == "completion" for dataset in _datasets(config)):
         return "split"
@@ -344,10 +350,11 @@ def _overlong(config: Config) -> str:
 
 def _excess(leaf: Leaf) -> Outcome:
     known = {"drop": "drop", "truncate": "truncate", "raise": "error"}
-    if leaf.value not in known:
+    strategy = text(leaf.value)
+    if strategy not in known:
         raise Unusable(f"expected one of {', '.join(known)}, found {describe(leaf.value)}")
     made = _overlong(leaf.config)
-    if made == known[leaf.value] or (made == "split" and leaf.value == "drop"):
+    if made == known[strategy] or (made == "split" and strategy == "drop"):
         return write("data.overlong", made)
     if all(format_of(dataset) == "completion" for dataset in _datasets(leaf.config)):
         return drop("completion texts over the length are split before it is looked at")

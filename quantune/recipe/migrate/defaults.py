@@ -9,7 +9,7 @@ import attrs
 
 from quantune.recipe.migrate.adapter import targets
 from quantune.recipe.migrate.data import LENGTH, PARTS, evaluates
-from quantune.recipe.migrate.quantization import ADAPTERS, tables
+from quantune.recipe.migrate.quantization import ADAPTERS, spelled
 from quantune.recipe.migrate.rule import Config, RecipePath
 from quantune.recipe.migrate.training import batch_size, micro_batch_size, scheduled
 from quantune.recipe.migrate.values import is_off
@@ -110,7 +110,7 @@ def lacks(config: Config) -> Iterator[Lack]:
 
 def _no_adapter(config: Config) -> Iterator[Lack]:
     hint = "write adapter: lora, or adapter: qlora on a 4-bit base"
-    if any(path[0] == "quantization" for path in tables(config)):
+    if any(path[0] == "quantization" for path in spelled(config).tables):
         message = "expected an adapter: the quantized base is frozen, and nothing would be trained"
     else:
         message = "expected an adapter, found none: quantune does not train all weights of a model"

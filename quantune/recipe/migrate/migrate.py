@@ -45,6 +45,8 @@ ALWAYS = frozenset(
     }
 )
 """Keys that are written even where they say what quantune does anyway: what a reader of a recipe looks for first."""
+MOST_SUGGESTIONS = 300
+"""With more unknown keys than that nothing was meant, and looking for what was would take minutes."""
 
 
 @attrs.frozen(kw_only=True)
@@ -96,12 +98,13 @@ def migrate(
         )
         return Migration(report=Report(name=name, kind=kind, entries=entries, problems=tuple(problems)))
     config = Config(values=document.values, processes=processes, moved=moved)
-    decided = _without_contradictions([_decide(path, value, config) for path, value in _leaves(document)])
+    decided = _without_contradictions(_decide(document, config))
     decided, left = _checked(decided, config, options_of or _registry())
+    places = {key_text(path): place for path, place in document.positions.items()}
     for lack in lacks(config):
-        position = document.positions.get(_path_of(lack.key, document))
-        problems.append(_problem("QT204", lack.key, lack.message, lack.hint, name=name, text=text, position=position))
-    if not problems and not any(d.outcome.what in ("refused", "unrecognised") for d in decided):
+        place = _nearest(lack.key, places)
+        problems.append(_problem("QT204", lack.key, lack.message, lack.hint, name=name, text=text, position=place))
+    if not problems and not any(one.outcome.what in ("refused", "unrecognised") for one in decided):
         problems += [_problem(f.code, f.where, f.message, f.hint, name=name, text=text) for f in left]
     added = list(defaults(config, _written(decided)))
     decided = [_without_defaults(one) for one in decided]
@@ -121,9 +124,19 @@ def _leaves(document: reading.Document) -> list[tuple[Path, Any]]:
     return list(reading.leaves(document.values))
 
 
-def _decide(path: Path, value: Any, config: Config) -> _Decided:
-    """What becomes of one key by its rule."""
-    return _Decided(path=path, value=value, outcome=_outcome(path, value, config))
+def _decide(document: reading.Document, config: Config) -> list[_Decided]:
+    """What becomes of every key by its rule."""
+    decided = [_Decided(path=p, value=v, outcome=_outcome(p, v, config)) for p, v in _leaves(document)]
+    if sum(one.outcome.what == "unrecognised" for one in decided) > MOST_SUGGESTIONS:
+        return decided
+    return [
+        attrs.evolve(one, outcome=_suggesting(one)) if one.outcome.what == "unrecognised" else one for one in decided
+    ]
+
+
+def _suggesting(one: _Decided) -> Outcome:
+    meant = suggestion(one.path)
+    return attrs.evolve(one.outcome, note=f'did you mean "{meant}"?' if meant else None)
 
 
 def _outcome(path: Path, value: Any, config: Config) -> Outcome:
@@ -134,8 +147,7 @@ def _outcome(path: Path, value: Any, config: Config) -> Outcome:
     if rule is None and takes_a_value(path):
         return refuse(f"expected a value under {path[0]}, found keys")
     if rule is None:
-        meant = suggestion(path)
-        return Outcome(what="unrecognised", note=f'did you mean "{meant}"?' if meant else None)
+        return Outcome(what="unrecognised")
     if value is None:
         return same()
     try:
@@ -169,7 +181,7 @@ def _without_contradictions(decided: list[_Decided]) -> list[_Decided]:
 
 
 def _equal(one: Any, other: Any) -> bool:
-    return bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
+    return one is other or bool(one == other) and isinstance(one, bool) == isinstance(other, bool)
 
 
 def _checked(decided: list[_Decided], config: Config, options_of: OptionsOf) -> tuple[list[_Decided], list[Finding]]:
@@ -180,10 +192,14 @@ def _checked(decided: list[_Decided], config: Config, options_of: OptionsOf) -> 
     while True:
         document = _document(decided, list(defaults(config, _written(decided))))
         findings = _findings(document, options_of)
+        writers: dict[RecipePath, list[_Decided]] = {}
+        for one in decided:
+            for path, _ in one.outcome.writes:
+                writers.setdefault(path, []).append(one)
         blamed: dict[Path, Finding] = {}
         for finding in findings:
-            for one in decided:
-                if any(_concerns(finding.path, path) for path, _ in one.outcome.writes):
+            for length in range(1, len(finding.path) + 1):
+                for one in writers.get(finding.path[:length], ()):
                     blamed.setdefault(one.path, finding)
         if not blamed:
             return decided, findings
@@ -196,11 +212,6 @@ def _checked(decided: list[_Decided], config: Config, options_of: OptionsOf) -> 
 def _findings(document: dict[str, Any], options_of: OptionsOf) -> list[Finding]:
     _, findings = structure_recipe(document, options_of)
     return findings + list(conflicts.check_sections(sound_sections(document, findings)))
-
-
-def _concerns(found: tuple[Any, ...], written: RecipePath) -> bool:
-    """Whether a finding is about what was written at a path: about it, or about something in it."""
-    return found[: len(written)] == written
 
 
 def _in_words(finding: Finding) -> str:
@@ -273,12 +284,11 @@ def _entries(decided: Iterable[_Decided], document: reading.Document) -> tuple[E
     return tuple(sorted(entries, key=lambda entry: (entry.line, entry.column, entry.key)))
 
 
-def _path_of(key: str, document: reading.Document) -> Path:
-    """The path that a key is written as, or the longest beginning of it that is there."""
-    paths = {key_text(path): path for path in document.positions}
-    while key and key not in paths:
+def _nearest(key: str, places: dict[str, Position]) -> Position | None:
+    """Where a key stands, or the longest beginning of it that is there."""
+    while key and key not in places:
         key = key[: max(key.rfind("."), key.rfind("["), 0)]
-    return paths.get(key, ())
+    return places.get(key)
 
 
 def _duplicates(document: reading.Document, name: str, text: str) -> Iterable[Problem]:

@@ -163,8 +163,16 @@ def _new_rows(leaf: Leaf) -> Outcome:
 
 
 def _model_config(leaf: Leaf) -> Outcome:
-    key = leaf.path[1]
-    return write(("model", "config", str(key)), leaf.config.values[leaf.path[0]][key])
+    """One value; a list in which tables stand is written as a whole by each of them."""
+    if leaf.config.given("model_config") and leaf.config.given("overrides_of_model_config"):
+        return refuse("model_config and overrides_of_model_config say the same; keep one of them")
+    keys, held = [], leaf.config.values[leaf.path[0]]
+    for step in leaf.path[1:]:
+        if isinstance(held, list):
+            break
+        keys.append(str(step))
+        held = held[step]
+    return write(("model", "config", *keys), held)
 
 
 def _model_type(leaf: Leaf) -> Outcome:

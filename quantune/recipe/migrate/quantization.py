@@ -6,7 +6,11 @@ of them, or finds wrong, is the outcome of the keys it came from.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from typing import Any
+
+import attrs
 
 from quantune.recipe import legacy
 from quantune.recipe.migrate.rule import (
@@ -35,53 +39,78 @@ SPELLINGS = (
     "bnb_config_kwargs",
     "quantize_moe_experts",
 )
-"""The keys that the legacy pass looks at."""
+"""The keys that the legacy pass rewrites."""
+SWITCHED = ("gptq", "fp8", "relora", "merge_lora")
+FOREIGN = (*SWITCHED, "qat")
+"""Keys of methods that quantune does not have, which it refuses."""
 
 
-def spelled(config: Config) -> dict[str, Any]:
-    """The part of a document that the legacy pass is given; what is null, or is LoftQ's, is left out."""
+@attrs.frozen(kw_only=True)
+class Spelled:
+    """What the legacy pass says of a document."""
+
+    tables: Mapping[RecipePath, Any]
+    """Keys of `[quantization]` and `[adapter]` that the spellings come to; none where they contradict each other."""
+    findings: tuple[Finding, ...]
+    """What is wrong with them."""
+    foreign: Mapping[str, Finding]
+    """What is wrong with the keys of methods that quantune does not have."""
+
+
+@lru_cache(maxsize=1)
+def spelled(config: Config) -> Spelled:
+    """What the legacy pass makes of the document; what is null, or LoftQ's, is left out."""
     given = {key: config.get(key) for key in SPELLINGS if config.get(key) is not None}
     if isinstance(given.get("peft"), dict):
         rest = {key: value for key, value in given.pop("peft").items() if key != "loftq_config" and value is not None}
-        if rest:
-            given["peft"] = rest
+        given.update({"peft": rest} if rest else {})
     if given.get("adapter") not in ADAPTERS:
         given.pop("adapter", None)
-    return given
-
-
-def rewritten(config: Config) -> legacy.Rewritten:
-    """What the legacy pass makes of the document."""
-    return legacy.rewrite(spelled(config))
-
-
-def tables(config: Config) -> dict[RecipePath, Any]:
-    """The keys of `[quantization]` and `[adapter]` that the spellings come to."""
-    made = rewritten(config)
-    found: dict[RecipePath, Any] = {}
+    made = legacy.rewrite(dict(given))
+    tables: dict[RecipePath, Any] = {}
     for section in ("quantization", "adapter"):
         table = made.document.get(section)
         if isinstance(table, dict) and not made.findings:
-            found.update({(section, key): value for key, value in table.items()})
-    return found
+            tables.update({(section, key): value for key, value in table.items()})
+    foreign = {key: config.get(key) for key in FOREIGN if not is_off(config.get(key))}
+    against = {str(found.path[0]): found for found in legacy.rewrite({**given, **foreign}).findings}
+    return Spelled(
+        tables=tables,
+        findings=tuple(made.findings),
+        foreign={key: finding for key, finding in against.items() if key in foreign},
+    )
 
 
 def _spelling(leaf: Leaf) -> Outcome:
-    said = _finding(leaf)
+    found = spelled(leaf.config)
+    said = _finding(leaf, found.findings)
     if said is not None:
-        return refuse(f"{said.message}; {said.hint}" if said.hint else said.message)
+        return refuse(_in_words(said))
     root = leaf.path[0]
     if root == "adapter":
         return _adapter(leaf)
     if root in SWITCHES and not flag(leaf.value):
         return same()
-    made = {path: value for path, value in tables(leaf.config).items() if path[0] == "quantization"}
-    own = {path: value for path, value in made.items() if path[1] == leaf.name}
+    if found.findings:
+        return refuse(_in_words(found.findings[0]))
+    made = {path: value for path, value in found.tables.items() if path[0] == "quantization"}
     if root == "quantize_moe_experts":
         return writes({("quantization", "experts"): flag(leaf.value)}) if made else same()
     if not made:
         return same() if is_off(leaf.value) else refuse("it quantizes nothing without the key that names the format")
-    return writes(own or made)
+    return writes(_share(leaf, made))
+
+
+def _share(leaf: Leaf, made: Mapping[RecipePath, Any]) -> Mapping[RecipePath, Any]:
+    """The part of the table that a key says: in the flat form its own, and `backend` what no key beside it names."""
+    holder = leaf.config.values
+    for step in leaf.path[:-1]:
+        holder = holder[step]
+    if "backend" not in holder:
+        return made
+    if leaf.name == "backend":
+        return {path: value for path, value in made.items() if path[1] == "backend" or path[1] not in holder}
+    return {path: value for path, value in made.items() if path[1] == leaf.name} or made
 
 
 def _adapter(leaf: Leaf) -> Outcome:
@@ -91,24 +120,35 @@ def _adapter(leaf: Leaf) -> Outcome:
         return refuse(f"quantune's adapters are {' and '.join(ADAPTERS)}")
     made: dict[RecipePath, Any] = {("adapter", "type"): "lora"}
     if leaf.value == "qlora":
-        made.update(tables(leaf.config))
+        made.update(spelled(leaf.config).tables)
     return writes(made)
 
 
-def _finding(leaf: Leaf) -> Finding | None:
-    """What the legacy pass says against this key, or against one above or below it."""
-    for finding in rewritten(leaf.config).findings:
-        length = min(len(finding.path), len(leaf.path))
-        if finding.path[:length] == leaf.path[:length]:
-            return finding
-        other = getattr(finding, "other", None)
-        if other and other[: min(len(other), len(leaf.path))] == leaf.path[: min(len(other), len(leaf.path))]:
-            return finding
+def _finding(leaf: Leaf, findings: Iterable[Finding]) -> Finding | None:
+    """What is said against this key, or against one above or below it."""
+    for finding in findings:
+        for place in (finding.path, getattr(finding, "other", None)):
+            length = min(len(place or ()), len(leaf.path))
+            if place and place[:length] == leaf.path[:length]:
+                return finding
     return None
 
 
-def _merge(leaf: Leaf) -> Outcome:
-    return refuse("merging is a command of its own, after training") if flag(leaf.value) else same()
+def _in_words(finding: Finding) -> str:
+    return f"{finding.message}; {finding.hint}" if finding.hint else finding.message
+
+
+def _foreign(because: str) -> Callable[[Leaf], Outcome]:
+    """The rule for a key of a method that quantune does not have: the legacy pass says what is wrong with it."""
+
+    def apply(leaf: Leaf) -> Outcome:
+        root = leaf.path[0]
+        if is_off(leaf.value) or (root in SWITCHED and not flag(leaf.value)):
+            return same()
+        finding = spelled(leaf.config).foreign.get(root)
+        return refuse(_in_words(finding) if finding else because)
+
+    return apply
 
 
 RULES: tuple[Rule, ...] = (
@@ -126,24 +166,20 @@ RULES: tuple[Rule, ...] = (
     ),
     translate("bnb_config_kwargs.**", to='the options of `backend = "bnb"`', by=_spelling),
     translate("quantize_moe_experts", to="`quantization.experts`", by=_spelling),
-    translate("merge_lora", to="nothing, when it is off", by=_merge),
-    refused(
-        "gptq",
-        "gptq_groupsize",
-        "gptq_model_v1",
-        "gptq_disable_exllama",
-        because="a GPTQ checkpoint can't be trained on; choose the unquantized base and add [quantization]",
+    *(
+        Rule(keys=keys, treatment="refuse", meaning=because, apply=_foreign(because))
+        for keys, because in (
+            (("merge_lora",), "merging is a command of its own, after training"),
+            (("gptq",), "a GPTQ checkpoint can't be trained on; choose the unquantized base and add [quantization]"),
+            (("fp8",), "quantune computes in bf16 or fp32"),
+            (("relora",), "an adapter is never merged into a quantized base during training"),
+            (("qat", "qat.**"), "the quantized base is frozen, so that it can't be trained around"),
+            (("quantization", "quantization.**"), "the base is quantized before training, not after it"),
+        )
     ),
+    refused("gptq_groupsize", "gptq_model_v1", "gptq_disable_exllama", because="they belong to a GPTQ checkpoint"),
+    refused("fp8_enable_fsdp_float8_all_gather", because="quantune computes in bf16 or fp32"),
     refused(
-        "qat",
-        "qat.**",
-        "quantization",
-        "quantization.**",
-        because="quantune quantizes the frozen base before training, neither during it nor after it",
-    ),
-    refused("fp8", "fp8_enable_fsdp_float8_all_gather", because="quantune computes in bf16 or fp32"),
-    refused(
-        "relora",
         "relora_prune_ratio",
         "relora_prune_method",
         "relora_cpu_offload",

@@ -58,9 +58,12 @@ def refuse(reason: str) -> Outcome:
     return Outcome(what="refused", note=reason)
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, eq=False)
 class Config:
-    """The whole document as the rules look at it; a value of the wrong kind counts as absent, its own rule says so."""
+    """The whole document as the rules look at it; a value of the wrong kind counts as absent, its own rule says so.
+
+    Two of them are never equal, so that what follows from one can be remembered by it.
+    """
 
     values: Mapping[Any, Any]
     """The document."""

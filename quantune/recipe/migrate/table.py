@@ -21,6 +21,22 @@ GROUPS: dict[str, tuple[Rule, ...]] = {
 RULES: tuple[Rule, ...] = tuple(rule for rules in GROUPS.values() for rule in rules)
 
 
+MEANT = {
+    "cutoff_len": "sequence_len",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
+    "lr_scheduler_type": "lr_scheduler",
+    "max_seq_length": "sequence_len",
+    "model_name_or_path": "base_model",
+    "num_train_epochs": "num_epochs",
+    "per_device_train_batch_size": "micro_batch_size",
+    "quantization_bit": "load_in_4bit",
+    "target_modules": "lora_target_modules",
+    "train_batch_size": "micro_batch_size",
+}
+"""What other tools call a known key, where the spelling does not tell."""
+
+
 def _by_key() -> dict[str, Rule]:
     table: dict[str, Rule] = {}
     for rule in RULES:
@@ -79,6 +95,8 @@ def takes_a_value(path: Path) -> bool:
 def suggestion(path: Path) -> str | None:
     """The known key that was probably meant, as it is written."""
     spelled, above = pattern(path), pattern(path[:-1])
+    if spelled in MEANT:
+        return MEANT[spelled]
     known = [key for key in BY_KEY if not key.endswith("*")] + [key for key in CONTAINERS if not key.endswith("[]")]
     beside = [key for key in known if key.rpartition(".")[0] == above or (len(path) == 1 and "." not in key)]
     close = difflib.get_close_matches(spelled, sorted(beside), n=1, cutoff=0.78)

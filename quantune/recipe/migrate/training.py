@@ -163,7 +163,7 @@ def _clip(leaf: Leaf) -> Outcome:
 
 def _optim_args(leaf: Leaf) -> Outcome:
     name = leaf.config.get("optimizer")
-    if name in OPTIMIZERS or name is None:
+    if name is None or str(name) in OPTIMIZERS:
         return drop("it has no effect on AdamW there; adam_beta1, adam_beta2 and adam_epsilon do")
     return refuse("the optimizer it belongs to is not one of quantune's")
 

@@ -1,0 +1,147 @@
+"""`quantune migrate` as a person runs it: what it writes, says and exits with."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import ROOT, quantune_command, refused
+from test_migrate_rules import BASE
+
+from quantune.recipe.migrate.reference import render
+
+GOOD = {**BASE, "base_model": "builtin:mini", "datasets": [{"path": "train.jsonl", "type": "chat_template"}]}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    return tmp_path
+
+
+def write(folder, changes=None, name="old.yaml"):
+    path = folder / name
+    path.write_text(yaml.safe_dump({**GOOD, **(changes or {})}, sort_keys=False))
+    return path
+
+
+def test_the_recipe_stands_beside_the_yaml_and_checks(folder):
+    path = write(folder)
+    done = quantune_command("migrate", str(path))
+    assert (done.returncode, done.stdout) == (0, f"{folder / 'old.toml'}\n"), done.stderr
+    assert f"{path}:1:1 translated base_model -> model.base" in done.stderr
+    assert done.stderr.splitlines()[-1] == f"{path}: 10 translated"
+    assert quantune_command("check", str(folder / "old.toml")).returncode == 0
+
+
+def test_an_unknown_key_is_named_and_nothing_is_written(folder):
+    path = write(folder, {"lora_rank": 8})
+    said = refused("migrate", str(path))
+    assert 'unrecognised lora_rank: did you mean "lora_r"?' in said
+    assert not (folder / "old.toml").exists()
+
+
+def test_force_writes_what_can_be_said_and_lists_the_rest_at_its_head(folder):
+    path = write(folder, {"lora_rank": 8, "rl": "dpo"})
+    done = quantune_command("migrate", str(path), "--force")
+    assert done.returncode == 2
+    head = (folder / "old.toml").read_text().partition("[model]")[0]
+    assert "# - lora_rank: not a known key" in head and "# - rl: quantune learns from answers" in head
+    assert quantune_command("check", str(folder / "old.toml")).returncode == 0
+
+
+def test_check_only_reports(folder):
+    done = quantune_command("migrate", str(write(folder)), "--check")
+    assert done.returncode == 0 and done.stdout == ""
+    assert not (folder / "old.toml").exists()
+
+
+def test_a_recipe_that_is_there_is_kept_unless_it_may_be_replaced(folder):
+    path = write(folder)
+    (folder / "old.toml").write_text("mine")
+    said = refused("migrate", str(path))
+    assert "old.toml is there already; --overwrite replaces it" in said
+    assert (folder / "old.toml").read_text() == "mine"
+    assert quantune_command("migrate", str(path), "--overwrite").returncode == 0
+    assert "[model]" in (folder / "old.toml").read_text()
+
+
+def test_the_report_holds_every_key_as_json(folder):
+    path = write(folder, {"wandb_project": "x", "seed": 42})
+    out = folder / "new.toml"
+    done = quantune_command("migrate", str(path), "-o", str(out), "--report", str(folder / "report.json"))
+    assert done.returncode == 0, done.stderr
+    (report,) = json.loads((folder / "report.json").read_text())["files"]
+    assert (report["file"], report["ok"], report["kind"]) == (str(path), True, "axolotl")
+    assert report["written"] == str(out)
+    outcomes = {entry["key"]: entry["outcome"] for entry in report["entries"]}
+    assert outcomes["wandb_project"] == "dropped" and outcomes["seed"] == "default"
+    assert len(outcomes) == len(report["entries"]) == sum(report["counts"].values())
+
+
+def test_a_folder_is_translated_with_a_summary(folder):
+    inside = folder / "configs" / "deeper"
+    inside.mkdir(parents=True)
+    write(inside, name="a.yml")
+    write(inside.parent, {"lora_rank": 8}, name="b.yaml")
+    (inside / "c.yaml").write_text("finetuning_type: lora\n")
+    done = quantune_command("migrate", str(folder / "configs"))
+    assert done.returncode == 2
+    assert (inside / "a.toml").exists() and not (inside.parent / "b.toml").exists()
+    summary = done.stderr.splitlines()[-5:]
+    assert [line.split()[1] for line in summary if "yml" in line or "yaml" in line] == [
+        "axolotl",
+        "axolotl",
+        "llamafactory",
+    ]
+
+
+def test_paths_are_said_to_move_when_the_recipe_stands_elsewhere(folder):
+    (folder / "there").mkdir()
+    path = write(folder)
+    moved = quantune_command("migrate", str(path), "-o", str(folder / "there" / "r.toml"))
+    assert "changed datasets[0].path" in moved.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["nothing.yaml"], "there is no file nothing.yaml"),
+        (["{folder}"], "expected YAML files in"),
+        (["{folder}/a.yaml", "{folder}/b.yaml", "-o", "x.toml"], "--output names the recipe of one file"),
+        (["{folder}/latin.yaml"], "expected UTF-8 text"),
+    ],
+)
+def test_what_can_not_be_read_is_said_in_a_sentence(tmp_path, arguments, part):
+    if len(arguments) > 2:
+        write(tmp_path, name="a.yaml")
+        write(tmp_path, name="b.yaml")
+    if "latin" in arguments[0]:
+        (tmp_path / "latin.yaml").write_bytes(b"base_model: \xe9\n")
+    assert part in refused("migrate", *(argument.format(folder=tmp_path) for argument in arguments))
+
+
+def test_a_yaml_that_is_none_is_reported_with_its_place(tmp_path):
+    path = tmp_path / "old.yaml"
+    path.write_text("a: 1\nb: [1\n")
+    assert f"{path}:3:1" in refused("migrate", str(path))
+
+
+def test_migrate_imports_neither_torch_nor_transformers(folder):
+    script = (
+        "import sys, quantune.cli\n"
+        f"sys.argv = ['quantune', 'migrate', {str(write(folder))!r}]\n"
+        "try:\n    quantune.cli.main()\n"
+        "except SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'transformers', 'bitsandbytes', 'peft', 'numpy'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_the_page_in_docs_is_up_to_date():
+    assert (Path(ROOT) / "docs" / "migrate.md").read_text() == render(), "run `make docs`"
