@@ -25,7 +25,7 @@ from quantune.backends import registry
 from quantune.errors import RecipeError
 from quantune.recipe.load import load_recipe
 from quantune.recipe.migrate import migrate
-from quantune.recipe.migrate.reading import LARGEST
+from quantune.recipe.migrate.reading import LARGEST, MOST_KEYS
 
 ROOT = Path(__file__).parents[2]
 LEGACY = """\
@@ -92,8 +92,8 @@ def readable(text: str) -> bool:
         if not within_limits(node) or len(text.encode()) > LARGEST:
             return False
         read = yaml.safe_load(text)
-        json.dumps(read, default=repr, ensure_ascii=False).encode()
-        return isinstance(read, dict)
+        json.dumps(read, default=repr, ensure_ascii=False, skipkeys=True).encode()
+        return isinstance(read, dict) and most_keys(read) <= MOST_KEYS
     except UNREADABLE:
         return False
 
@@ -111,6 +111,12 @@ def within_limits(root: Any, deepest: int = 100, most: int = 100_000) -> bool:
         elif isinstance(node, yaml.SequenceNode):
             waiting += [(one, depth + 1) for one in node.value]
     return True
+
+
+def most_keys(value: Any) -> int:
+    """Keys of the largest mapping."""
+    members = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return max([len(value) if isinstance(value, dict) else 0, *map(most_keys, members)])
 
 
 def plain(value: Any) -> Any:
