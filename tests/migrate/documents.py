@@ -18,13 +18,71 @@ KNOWN = sorted({key.partition("[")[0].partition(".")[0] for key in BY_KEY})
 IN_DATASETS = sorted({key.split(".")[1] for key in BY_KEY if key.startswith("datasets[].")})
 BELOW = sorted({key.rpartition(".")[2].strip("*") or "thing" for key in BY_KEY if "." in key})
 ODD_KEYS: list[Any] = [
-    *(0, 1, -5, 1.5, True, False, None, datetime.date(2026, 1, 2), b"bytes", "", " ", "a.b", "a[0]", "datasets[0].path"),
-    *("é", "日本", "key with spaces", "#", "<<", "=", "~", "lora_R", "LORA_R", "lora_rr", "x" * 200, "\x07", "\u2028", "😀"),
+    *(
+        0,
+        1,
+        -5,
+        1.5,
+        True,
+        False,
+        None,
+        datetime.date(2026, 1, 2),
+        b"bytes",
+        "",
+        " ",
+        "a.b",
+        "a[0]",
+        "datasets[0].path",
+    ),
+    *(
+        "é",
+        "日本",
+        "key with spaces",
+        "#",
+        "<<",
+        "=",
+        "~",
+        "lora_R",
+        "LORA_R",
+        "lora_rr",
+        "x" * 200,
+        "\x07",
+        "\u2028",
+        "😀",
+    ),
 ]
 ODD_VALUES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3.5, -0.0, 1e-9, 1e300, float("inf"), float("-inf"), float("nan"), 10**40, 2**63),
-    *("", " ", "true", "False", "no", "null", "2e-5", "1e999", "nan", "16", "4.0", "0x10", "auto", "qlora", "lora", "jinja"),
-    *("train[:20%]", "{instruction} {input}", "{", "{a!z:{b}}", "\x00", "\x1b[31m", "\u2028", "é" * 50, "😀", "x" * 3000),
+    *(
+        "",
+        " ",
+        "true",
+        "False",
+        "no",
+        "null",
+        "2e-5",
+        "1e999",
+        "nan",
+        "16",
+        "4.0",
+        "0x10",
+        "auto",
+        "qlora",
+        "lora",
+        "jinja",
+    ),
+    *(
+        "train[:20%]",
+        "{instruction} {input}",
+        "{",
+        "{a!z:{b}}",
+        "\x00",
+        "\x1b[31m",
+        "\u2028",
+        "é" * 50,
+        "😀",
+        "x" * 3000,
+    ),
     *(datetime.date(2026, 1, 2), datetime.datetime(2026, 1, 2, 3, 4, 5), b"\x00\xff", {1, 2}),
     *([], {}, [1, 2], ["a"], [None], [[1], [2]], [[]], [{}], {"a": 1}, [{"a": 1}], [[{"a": 1}], 2], {"a": {"b": []}}),
 ]
@@ -50,7 +108,9 @@ def structure(chance: random.Random) -> dict[Any, Any]:
     for _ in range(chance.randrange(8)):
         base[key_(chance, KNOWN)] = _one(chance, shared)
     if chance.random() < 0.3:
-        base[chance.choice(["datasets", "test_datasets"])] = [_dataset(chance, shared) for _ in range(chance.randrange(4))]
+        base[chance.choice(["datasets", "test_datasets"])] = [
+            _dataset(chance, shared) for _ in range(chance.randrange(4))
+        ]
     return base or {"base_model": None}
 
 
@@ -122,7 +182,9 @@ def mutated(made: str, chance: random.Random, pieces: list[str] = PIECES, others
 
 def _flip(made: str, chance: random.Random, pieces: list[str], others: list[str]) -> str:
     place = chance.randrange(len(made) + 1)
-    return made[:place] + chr(ord(made[place]) ^ (1 << chance.randrange(7))) + made[place + 1 :] if made[place:] else made
+    return (
+        made[:place] + chr(ord(made[place]) ^ (1 << chance.randrange(7))) + made[place + 1 :] if made[place:] else made
+    )
 
 
 def _cut(made: str, chance: random.Random, pieces: list[str], others: list[str]) -> str:

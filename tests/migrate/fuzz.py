@@ -56,7 +56,10 @@ TOML_PIECES = [
 RECIPES = [
     (ROOT / "recipes" / "quickstart.toml").read_text(encoding="utf-8"),
     '[model]\nbase = "builtin:mini"\n[adapter]\n[[data.train]]\npath = "a.jsonl"\nformat = "chat"\n',
-    *(f'{line}\n[model]\nbase = "x"\n[[data.train]]\npath = "a.jsonl"\nformat = "chat"\n' for line in LEGACY.splitlines()),
+    *(
+        f'{line}\n[model]\nbase = "x"\n[[data.train]]\npath = "a.jsonl"\nformat = "chat"\n'
+        for line in LEGACY.splitlines()
+    ),
 ]
 
 

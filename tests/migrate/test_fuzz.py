@@ -12,7 +12,7 @@ import pytest
 from quantune.recipe.migrate import migrate
 
 
-@pytest.mark.parametrize("part", range(6))
+@pytest.mark.parametrize("part", range(5))
 def test_no_document_makes_a_traceback_or_loses_a_key(part):
     found, failures = fuzz.fuzz(400, seed=f"test {part}")
     assert not failures, failures[0]
@@ -22,7 +22,7 @@ def test_no_document_makes_a_traceback_or_loses_a_key(part):
 @pytest.mark.parametrize("kind", range(len(documents.HOSTILE)))
 def test_hostile_documents_are_refused_or_read_at_once(kind):
     started = time.perf_counter()
-    for seed in range(5):
+    for seed in range(2):
         fuzz.check_yaml(documents.HOSTILE[kind](random.Random(seed)))
     assert time.perf_counter() - started < 5
 
@@ -61,6 +61,7 @@ def test_a_large_document_takes_seconds_at_most(of):
         ("? [a]\n: 1", "a name or a number as a key"),
         ("a: \x07", "the character U+0007"),
         ("- a", "found a list"),
+        ("!!set {a, b}", "found a set"),
     ],
 )  # fmt: skip
 def test_what_is_no_usable_yaml_is_said_in_a_sentence(text, message):
@@ -77,7 +78,9 @@ def test_keys_below_an_empty_key_are_not_those_at_the_top():
     ]
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "9" * 5000, "[" * 500, '"\\ud800"', "1e999", "a = {b = 1", "\x00", "\ufeff"])
+@pytest.mark.parametrize(
+    "text", ["nan", "inf", "9" * 5000, "[" * 500, '"\\ud800"', "1e999", "a = {b = 1", "\x00", "\ufeff"]
+)
 def test_a_recipe_with_an_odd_value_is_refused_in_a_sentence(text):
     for recipe in fuzz.RECIPES:
         for line in recipe.splitlines():

@@ -70,14 +70,19 @@ def read(text: str) -> Document:
         raise _unreadable(error) from None
     except (ValueError, OverflowError):  # of chr(), for "\U00110000"
         place = loader.get_mark()
-        raise Unreadable("expected text, found a character beyond U+10FFFF", (place.line + 1, place.column + 1)) from None
+        raise Unreadable(
+            "expected text, found a character beyond U+10FFFF", (place.line + 1, place.column + 1)
+        ) from None
     if not isinstance(node, yaml.MappingNode):
         found = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}.get(type(node), "nothing")
         raise Unreadable(f"expected keys with values, found {found}")
     if _size(node, {}, set()) > MOST_NODES:
         raise Unreadable(f"expected at most {MOST_NODES:,} values once every alias is expanded")
     builder = _Builder(loader)
-    return Document(values=builder.build(node, ()), positions=builder.positions, duplicates=tuple(builder.duplicates))
+    values = builder.build(node, ())
+    if not isinstance(values, dict):
+        raise Unreadable("expected keys with values, found a set", _position(node))
+    return Document(values=values, positions=builder.positions, duplicates=tuple(builder.duplicates))
 
 
 def leaf_keys(document: dict[Any, Any]) -> list[str]:
@@ -183,7 +188,9 @@ class _Builder:
             self.positions[(*path, key)] = _position(key_node)
             values[key] = self.build(value_node, (*path, key))
         if len(values) > MOST_KEYS:
-            raise Unreadable(f"expected at most {MOST_KEYS:,} keys in a mapping, found {len(values):,}", _position(node))
+            raise Unreadable(
+                f"expected at most {MOST_KEYS:,} keys in a mapping, found {len(values):,}", _position(node)
+            )
         return values
 
     def _find_duplicates(self, node: Any, path: Path) -> None:

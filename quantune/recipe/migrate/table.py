@@ -70,8 +70,8 @@ def pattern(path: Path) -> str:
     text = ""
     for part in path:
         name = f"{part}".translate(_ESCAPED)
-        text += "[]" if isinstance(part, _Index) else f".{name}" if text else name
-    return text
+        text += "[]" if isinstance(part, _Index) else f".{name}"
+    return text[1:]
 
 
 _ESCAPED = {ord(sign): f"\\{sign}" for sign in ".[]*"}
