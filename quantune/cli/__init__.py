@@ -9,7 +9,7 @@ import typer
 
 import quantune
 import quantune.errors
-from quantune.cli import backends, check, generate, init, migrate, run, schema
+from quantune.cli import backends, check, explain, generate, init, migrate, run, schema
 from quantune.cli.console import err, fail
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("run")(run.run)
 app.command("check")(check.check)
+app.command("explain")(explain.explain)
 app.command("init")(init.init)
 app.command("schema")(schema.schema)
 app.command("generate")(generate.generate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from quantune.backends.checkpoints import format_problem
 from quantune.backends.registry import backends_with_option, options_of
 from quantune.cli.console import warn
 from quantune.recipe.load import load_recipe
@@ -25,5 +26,5 @@ def open_recipe(path: Path, overrides: Sequence[str] = (), *, data: bool = True)
     for warning in loaded.warnings:
         warn(warning)
     recipe = with_absolute_paths(loaded.recipe, path)
-    check_files(loaded, recipe, data=data)
+    check_files(loaded, recipe, data=data, format_problem=format_problem)
     return recipe

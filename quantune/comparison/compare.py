@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quantune.backends.checkpoints import in_words
 from quantune.comparison import training_step
 from quantune.comparison.formats import Format
 from quantune.comparison.outputs import Predictions, output_figures, predict, targets
@@ -19,7 +20,7 @@ from quantune.comparison.rows import UNQUANTIZED, Comparison, FormatRow, Setting
 from quantune.comparison.text import MAX_TOKENS, WINDOW, Text, Windows, cut
 from quantune.comparison.training_step import make_batch, time_training
 from quantune.comparison.weights import Sums, dense_sums, packed_parameters, packed_sums, time_dequantize
-from quantune.errors import ModelError, QuantizationError, QuantuneError
+from quantune.errors import InputError, ModelError, QuantizationError, QuantuneError
 from quantune.model.base import Base, skeleton
 from quantune.model.device import DTYPES, Precision
 from quantune.model.load import load_model, module_table
@@ -76,8 +77,13 @@ def compare(
     All figures but the times are the same in every run on the same machine with as many threads.
 
     Raises:
-        InputError: the text is too short, or the model can't be loaded or has no linear layers.
+        InputError: the text is too short, or the model can't be loaded, has no linear layers, or is already quantized.
     """
+    if base.stored is not None:
+        raise InputError(
+            f"{base.name} is already quantized ({in_words(base.stored)}), and formats are compared by what they make "
+            "of the unquantized weights; choose the unquantized base"
+        )
     meta = skeleton(base)
     match_targets(meta, training_step.ADAPTER)
     positions = getattr(base.config.get_text_config(), "max_position_embeddings", None) or WINDOW

@@ -16,8 +16,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import Concatenate, ConversionOps, MergeModulelist, WeightConverter
 from transformers.quantizers import HfQuantizer
 
-from quantune.backends import registry
 from quantune.backends.backend import adopt_weight
+from quantune.backends.checkpoints import as_stored, format_problem
 from quantune.errors import ModelError, QuantizationError
 from quantune.quantized import experts
 from quantune.quantized.linear import QuantLinear, WeightFormat
@@ -27,32 +27,36 @@ if TYPE_CHECKING:
     from quantune.model.quantizer import QuantizationPlan
 
 
-def quantization_of(config: PretrainedConfig) -> dict[str, Any] | None:
-    """What a checkpoint's `config.json` says of its quantization; None where it says nothing."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
-        return None
-    return dict(found) if isinstance(found, Mapping) else found.to_dict()
+def take_quantization(config: PretrainedConfig) -> dict[str, Any] | None:
+    """What a checkpoint's `config.json` says of its quantization, also for a text model within another; None where it
+    says nothing.
+
+    It is taken out of `config`, or transformers would load the checkpoint in its own way.
+    """
+    stored = None
+    for table in (config.get_text_config(), config):
+        found = getattr(table, "quantization_config", None)
+        if found is not None:
+            stored = dict(found) if isinstance(found, Mapping) else found.to_dict()
+        if hasattr(table, "quantization_config"):
+            del table.quantization_config
+    return stored
 
 
-def require_same_format(base: str, stored: Mapping[str, Any], quantization: QuantizationConfig | None) -> None:
-    """Require that the recipe's backend takes over what the checkpoint holds.
+def quantization_over(
+    base: str, stored: Mapping[str, Any], quantization: QuantizationConfig | None
+) -> QuantizationConfig:
+    """How a base that is already quantized is stored: as `quantization` says, or as it is when that says nothing.
 
     Raises:
-        ModelError: it is quantized in another way, or the recipe quantizes nothing; says the way out.
+        ModelError: it is quantized in another way, or in one that quantune has not; says the way out.
     """
-    method = stored.get("quant_method")
-    name = json.dumps(base)
-    found = f"[model] base = {name} is already quantized ({method or 'its config.json names no method'})"
-    adopting = [backend for backend in registry.BUILT_IN if method in registry.describe(backend).adopts]
-    wanted = None if quantization is None else quantization.backend
-    if quantization is None or method not in registry.describe(quantization.backend).adopts:
-        ways_out = [f'take it over as it is with [quantization] backend = "{backend}"' for backend in adopting]
-        asked = "the recipe has no [quantization]" if wanted is None else f'the recipe asks for backend = "{wanted}"'
-        raise ModelError(f"{found}, and {asked}; {' or '.join([*ways_out, 'choose the unquantized base'])}")
-    problem = quantization.options.checkpoint_problem(stored)
+    problem = format_problem(stored, quantization)
     if problem is not None:
-        raise ModelError(f"{found}, and {problem}")
+        raise ModelError(f"[model] base = {json.dumps(base)} {problem.message}; {problem.way_out}")
+    chosen = quantization or as_stored(stored)
+    assert chosen is not None
+    return chosen
 
 
 def kept_modules(stored: Mapping[str, Any]) -> tuple[str, ...]:

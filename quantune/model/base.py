@@ -20,7 +20,7 @@ from transformers import (
 
 from quantune.errors import ModelError
 from quantune.model import mini
-from quantune.model.adoption import quantization_of, require_same_format
+from quantune.model.adoption import quantization_over, take_quantization
 from quantune.model.configuration import with_values
 from quantune.model.vocabulary import Additions, add_tokens, grow_embeddings
 from quantune.recipe.chat_templates import template_path
@@ -45,6 +45,8 @@ class Base:
     """Of the checkpoint as it is, but for what the recipe replaces: its embeddings have not grown yet."""
     stored: dict[str, Any] | None = None
     """What its `config.json` says of its quantization, where the checkpoint is already quantized."""
+    quantization: QuantizationConfig | None = None
+    """How it is to be stored: as the recipe says, or as the checkpoint is already quantized."""
     tokenizer: PreTrainedTokenizerBase
     """With the tokens that the recipe adds."""
     additions: Additions = Additions()
@@ -72,7 +74,8 @@ class Base:
 def open_base(
     config: ModelConfig, quantization: QuantizationConfig | None = None, *, allow_remote_code: bool = False
 ) -> Base:
-    """Read the configuration and the tokenizer of a base model that is to be stored as `quantization` says.
+    """Read the configuration and the tokenizer of a base model that is to be stored as `quantization` says, or without
+    that as it is.
 
     Raises:
         ModelError: there is no such model, it can't be read, it is already quantized in another way than
@@ -95,10 +98,9 @@ def open_base(
         raise ModelError(
             f"the base {json.dumps(config.base)} {nowhere}can't be opened: {_first_sentence(error)}"
         ) from error
-    stored = quantization_of(hf_config)
+    stored = take_quantization(hf_config)
     if stored is not None:
-        require_same_format(config.base, stored, quantization)
-        del hf_config.quantization_config  # or transformers would load it in its own way
+        quantization = quantization_over(config.base, stored, quantization)
     if config.chat_template is not None:
         tokenizer.chat_template = template_path(config.chat_template).read_text(encoding="utf-8")
     additions = add_tokens(tokenizer, config)
@@ -110,6 +112,7 @@ def open_base(
         attn_implementation=None if config.attn_implementation == "auto" else config.attn_implementation,
         config=with_values(hf_config, config.config),
         stored=stored,
+        quantization=quantization,
         tokenizer=tokenizer,
         additions=additions,
     )

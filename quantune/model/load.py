@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quantune.backends import registry
+from quantune.backends.checkpoints import in_words
 from quantune.errors import ModelError, QuantizationError
 from quantune.model.adoption import kept_modules
 from quantune.model.base import Base
@@ -65,11 +66,16 @@ def load_model(
     is `compute_dtype` unless a base is to be the one that was trained on with another.
 
     Raises:
-        ModelError: the weights can't be read, or are incomplete.
+        ModelError: the weights can't be read, are incomplete, or are already quantized and `quantization` is None.
         BackendError: the backend can't run here, or not on this device.
         QuantizationError: a weight can't be packed, or one that should be packed is not.
     """
     plan = None
+    if quantization is None and base.stored is not None:
+        raise ModelError(
+            f"{base.name} is already quantized ({in_words(base.stored)}) and can't be loaded in full precision; choose "
+            "the unquantized base"
+        )
     if quantization is not None:
         plan = plan_quantization(quantization, compute_dtype, device)
         plan = attrs.evolve(plan, initialization=initialization, pack_dtype=pack_dtype or compute_dtype)

@@ -341,6 +341,69 @@ def _adapter_parts(adapter: AdapterConfig) -> Iterable[Finding]:
             )
 
 
+def _dropout(adapter: AdapterConfig) -> Iterable[Finding]:
+    if adapter.target_parameters and adapter.dropout > 0:
+        yield Finding(
+            code="QT121",
+            path=("adapter", "dropout"),
+            message=f"dropout = {adapter.dropout} drops inputs of the adapter, and an adapter on target_parameters has "
+            "none of its own: it is added to the weights",
+            hint="use dropout = 0.0, or leave target_parameters out",
+            other=("adapter", "target_parameters"),
+        )
+
+
+def _constant(training: TrainingConfig) -> Iterable[Finding]:
+    if training.schedule == "constant" and training.min_lr_ratio > 0:
+        message = 'min_lr_ratio has no meaning for schedule = "constant", which ends at the peak'
+        hint = 'remove it, or use schedule = "cosine" or "linear"'
+        yield Finding(code="QT021", path=("training", "min_lr_ratio"), message=message, hint=hint)
+
+
+def _never_evaluated(evaluation: EvaluationConfig, data: DataConfig, training: TrainingConfig) -> Iterable[Finding]:
+    """What is known without reading the data; the rest is known when the run's length is.
+
+    Samples that `eval_size` holds out are at least not trained on, evaluated or not.
+    """
+    if not data.eval or evaluation.at_start or evaluation.at_end:
+        return
+    every, steps = evaluation.every_steps, training.max_steps
+    if evaluation.per_epoch is None and (every is None or (steps is not None and every >= steps)):
+        when = "at_start, every_steps or per_epoch" if every is None else f"every_steps = {every} before the run's end"
+        yield Finding(
+            code="QT022",
+            path=("evaluation", "at_end"),
+            message=f"there is [[data.eval]], and nothing evaluates it: no {when}, and at_end = false",
+            hint="set one of them, or remove [[data.eval]]",
+        )
+
+
+def _precision(training: TrainingConfig, model: ModelConfig) -> Iterable[Finding]:
+    attention = model.attn_implementation
+    if training.precision == "fp32" and attention.startswith("flash_attention"):
+        yield Finding(
+            code="QT020",
+            path=("model", "attn_implementation"),
+            message=f'attn_implementation = "{attention}" computes in bf16, and [training] precision is "fp32"',
+            hint='use "sdpa", or precision = "bf16"',
+            other=("training", "precision"),
+        )
+
+
+def _evaluation_details(evaluation: EvaluationConfig, data: DataConfig) -> Iterable[Finding]:
+    defaults = EvaluationConfig()
+    if not data.eval and data.eval_size is None:
+        for key in ("batch_size", "max_samples"):
+            if getattr(evaluation, key) != getattr(defaults, key):
+                message = f"{key} says how to evaluate, and there is nothing to evaluate on"
+                yield Finding(code="QT022", path=("evaluation", key), message=message, hint="add [[data.eval]]")
+    if evaluation.max_new_tokens != defaults.max_new_tokens and not evaluation.exact_match:
+        message = "max_new_tokens limits the answers that exact_match generates, and it is false"
+        yield Finding(
+            code="QT021", path=("evaluation", "max_new_tokens"), message=message, hint="set exact_match = true"
+        )
+
+
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
     (("training",), _training),
     (("evaluation", "data"), _evaluation),
@@ -353,4 +416,9 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
     (("evaluation", "checkpoint"), _periods),
     (("training", "model"), _on_a_cpu),
     (("model",), _model_config),
+    (("adapter",), _dropout),
+    (("training",), _constant),
+    (("evaluation", "data", "training"), _never_evaluated),
+    (("training", "model"), _precision),
+    (("evaluation", "data"), _evaluation_details),
 )

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 from quantune.recipe import chat_templates
 from quantune.recipe.load import LoadedRecipe
-from quantune.recipe.schema import Recipe
+from quantune.recipe.schema import QuantizationConfig, Recipe
 from quantune.recipe.structure import Finding
 
 BUILT_IN_MODELS = ("builtin:mini",)
@@ -15,12 +17,33 @@ CONVERT_PICKLES = (
     "a pickle can run code when it is opened; if you trust it, convert it once with transformers: "
     "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new) writes safetensors"
 )
+SHARES_OF_WEIGHTS = ("pissa", "olora", "loftq")
+"""Initializations of the adapter that change the base's weights."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def check_files(loaded: LoadedRecipe, recipe: Recipe, *, data: bool = True) -> None:
+class FormatProblem(Protocol):
+    """Why a recipe can't have a base that is already quantized."""
+
+    @property
+    def code(self) -> str: ...
+    @property
+    def message(self) -> str: ...
+    @property
+    def way_out(self) -> str: ...
+
+
+FormatCheck = Callable[[Mapping[str, Any], QuantizationConfig | None], FormatProblem | None]
+
+
+def check_files(
+    loaded: LoadedRecipe, recipe: Recipe, *, data: bool = True, format_problem: FormatCheck = lambda *_: None
+) -> None:
     """Check the files of `recipe`, which is `loaded.recipe` with absolute paths; with `data` also those that only
     training reads.
+
+    `format_problem` says what is wrong with a base that is already quantized, given what its `config.json` says of
+    that, and `[quantization]`.
 
     Raises:
         RecipeError: files are missing, empty or not what they should be.
@@ -35,6 +58,9 @@ def check_files(loaded: LoadedRecipe, recipe: Recipe, *, data: bool = True) -> N
         except OSError as error:  # no permission, a name too long, a disk that fails
             message = f"{getattr(getattr(recipe, section), key)} can't be read: {error.strerror}"
             findings.append(Finding(code="QT030", path=(section, key), message=message))
+    if not any(finding.path == ("model", "base") for finding in findings):
+        findings += _stored_format(recipe, format_problem)
+    findings += _revision(recipe)
     if data:
         findings += _data(recipe)
     if findings:
@@ -68,6 +94,67 @@ def _base(recipe: Recipe) -> Iterable[Finding]:
     problem = base_problem(recipe.model.base)
     if problem:
         yield Finding(code="QT030", path=("model", "base"), message=problem[0], hint=problem[1])
+
+
+def stored_quantization(base: str) -> dict[str, Any] | None:
+    """What the `config.json` of a local folder says of its quantization; None where it says nothing.
+
+    Raises:
+        ValueError: it can't be read, or is no JSON object; with a sentence.
+    """
+    path = Path(base) / "config.json"
+    if base.startswith("builtin:") or not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path} can't be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected JSON in {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"expected a JSON object in {path}, found {type(config).__name__}")
+    for table in (config, config.get("text_config")):  # the second of a text model within another
+        stored = table.get("quantization_config") if isinstance(table, dict) else None
+        if isinstance(stored, dict):
+            return stored
+    return None
+
+
+def _revision(recipe: Recipe) -> Iterable[Finding]:
+    if recipe.model.revision is not None and Path(recipe.model.base).is_absolute():
+        message = "revision belongs to a hub id and has no meaning for a folder"
+        yield Finding(code="QT021", path=("model", "revision"), message=message, hint="remove it")
+
+
+def _stored_format(recipe: Recipe, format_problem: FormatCheck) -> Iterable[Finding]:
+    try:
+        stored = stored_quantization(recipe.model.base)
+    except ValueError as error:
+        yield Finding(code="QT030", path=("model", "base"), message=str(error))
+        return
+    if stored is None:
+        return
+    problem = format_problem(stored, recipe.quantization)
+    if problem is not None:
+        asked = recipe.quantization is not None
+        yield Finding(
+            code=problem.code,
+            path=("quantization", "backend") if asked else ("model", "base"),
+            message=f"[model] base = {json.dumps(recipe.model.base)} {problem.message}",
+            hint=problem.way_out,
+            other=("model", "base") if asked else None,
+            other_label="is quantized already" if asked else "",
+        )
+    elif recipe.adapter.init in SHARES_OF_WEIGHTS:
+        yield Finding(
+            code="QT125",
+            path=("adapter", "init"),
+            message=f'init = "{recipe.adapter.init}" takes the adapter\'s share out of the weights before they are '
+            "packed, and those of this base are packed already",
+            hint='use init = "default", or choose the unquantized base',
+            other=("model", "base"),
+            other_label="is quantized already",
+        )
 
 
 def _tokenizer(recipe: Recipe) -> Iterable[Finding]:

@@ -1,8 +1,8 @@
-"""The recipe reference, generated from the docstrings under the fields.
+"""The references of docs/: of the recipe, from the docstrings under the fields, and of the codes of problems.
 
     make docs
 
-writes docs/recipe.md with it.
+writes docs/recipe.md and docs/errors.md with them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import attrs
 
+from quantune.recipe.codes import CODES
 from quantune.recipe.schema import Recipe, SourceConfig, SpecialTokensConfig
 from quantune.recipe.structure import is_union
 
@@ -37,6 +38,15 @@ exit code is then 2:
           = did you mean "alpha"?
 
 This page is generated from the docstrings in `quantune/recipe/schema.py`.
+"""
+
+CODES_INTRODUCTION = """\
+# The codes of recipe problems
+
+`quantune explain QT012` tells the same on the command line. A code never changes its meaning. Examples are parts of
+recipes that have the problem and no other; tests hold them to it.
+
+This page is generated from `quantune/recipe/codes.py`.
 """
 
 
@@ -138,3 +148,18 @@ def type_words(annotation: Any) -> str:
     if is_union(annotation):
         return " or ".join(type_words(member) for member in get_args(annotation) if member is not type(None))
     return str(annotation)
+
+
+def render_codes() -> str:
+    """docs/errors.md: every code with its explanation and examples, as Markdown."""
+    parts = [CODES_INTRODUCTION]
+    for code in CODES:
+        explanation = textwrap.fill(code.explanation, 120)
+        parts += [f"## {code.name}: {code.title}\n", f"{explanation}\n"]
+        parts += [f"{_fenced(code.example)}\n", "Put right:\n", f"{_fenced(code.corrected)}\n"]
+    return "\n".join(parts)
+
+
+def _fenced(example: str) -> str:
+    language = "console" if example.startswith("$") else "yaml" if example.startswith("# old.yaml") else "toml"
+    return f"```{language}\n{example.rstrip()}\n```"

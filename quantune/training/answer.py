@@ -47,7 +47,7 @@ def answer(
     trained_in = recipe.training.precision
     model = load_model(
         base,
-        recipe.quantization,
+        base.quantization,
         compute_dtype=dtype,
         device=device,
         initialization=split,

@@ -36,12 +36,11 @@ def resolve(recipe: Recipe, *, device: torch.device, sample_count: int, longest:
         )
     evaluation = _every_steps(recipe.evaluation, sample_count / training.batch_size)
     never = evaluation.every_steps is None or evaluation.every_steps >= total
-    asked = "[[data.eval]]" if recipe.data.eval else "[data] eval_size" if recipe.data.eval_size else None
-    if asked is not None and never and not (evaluation.at_start or evaluation.at_end):
+    if recipe.data.eval and never and not (evaluation.at_start or evaluation.at_end):
         every = "no every_steps" if evaluation.every_steps is None else f"every_steps = {evaluation.every_steps}"
         raise InputError(
-            f"{asked} is never evaluated in a run of {total} steps with {every}, at_start = false and at_end = "
-            f"false in [evaluation]; set one of them, or remove {asked}"
+            f"[[data.eval]] is never evaluated in a run of {total} steps with {every}, at_start = false and at_end = "
+            f"false in [evaluation]; set one of them, or remove [[data.eval]]"
         )
     micro, checkpointing = training.micro_batch_size, training.activation_checkpointing
     return attrs.evolve(

@@ -75,6 +75,7 @@ def train(
 
     observer.phase("opening the base")
     base = open_base(recipe.model, recipe.quantization, allow_remote_code=allow_remote_code)
+    recipe = attrs.evolve(recipe, quantization=base.quantization)
     meta = skeleton(base)
     targets.match_targets(meta, recipe.adapter)
     targets.match_parameters(meta, recipe.adapter.target_parameters)

@@ -21,6 +21,7 @@ import quantune
         ["check", QUICKSTART],
         ["check", QUICKSTART, "--json"],
         ["schema"],
+        ["explain", "QT012"],
         ["init", "--help"],
         ["backends", "list"],
         ["backends", "list", "--json"],

@@ -9,19 +9,23 @@ from model.conftest import HEADS, SIZES
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support import base_of, dequantize_expert, quantization
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, Gemma3Config
 from transformers import Mxfp4Config as TransformersMxfp4Config
 
 from quantune.backends import registry
 from quantune.backends.backend import adopt_weight, pack_weight
+from quantune.checkpoint.run_folder import RunFolder
+from quantune.cli.recipes import open_recipe
 from quantune.errors import ModelError, QuantizationError
-from quantune.model import adapter
-from quantune.model.adoption import quantization_of, require_same_format
+from quantune.model import adapter, mini
+from quantune.model.adoption import quantization_over, take_quantization
 from quantune.model.base import Base
 from quantune.model.load import load_model
 from quantune.quantized import experts
 from quantune.quantized.linear import QuantLinear
 from quantune.recipe.schema import AdapterConfig
+from quantune.training.observer import SilentObserver
+from quantune.training.run import train
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(24).view(2, 12)
@@ -59,9 +63,9 @@ def gpt_oss_mxfp4(mixtures, tmp_path_factory):
     return rewrite(mixtures["gpt_oss"], tmp_path_factory.mktemp("gpt_oss") / "mxfp4", change, config)
 
 
-def quantize_fp8(name, tensor):
+def quantize_fp8(name, tensor, **options):
     """The tensors of a weight as DeepSeek's checkpoints hold them."""
-    packer, options = backend("fp8"), registry.options_of("fp8")()
+    packer, options = backend("fp8"), registry.options_of("fp8")(**options)
     if tensor.dim() != 2 or "proj" not in name:
         return {name: tensor}
     found = packer.export(pack_weight(packer, tensor.float(), options))
@@ -96,9 +100,8 @@ def deepseek_fp8(tmp_path_factory):
 def opened(folder):
     """The base in a folder as `open_base` gives it, without a tokenizer."""
     found = base_of(folder)
-    stored = quantization_of(found.config)
     config = AutoConfig.from_pretrained(folder)
-    del config.quantization_config
+    stored = take_quantization(config)
     values = {name: getattr(found, name) for name in ("name", "source", "revision", "trust_remote_code", "tokenizer")}
     return Base(**values, attn_implementation=None, config=config, stored=stored)
 
@@ -201,17 +204,46 @@ def test_scales_of_another_grid_are_refused_by_name(deepseek_fp8, tmp_path):
 @pytest.mark.parametrize(
     ("stored", "plan", "message"),
     [
-        ({"quant_method": "mxfp4"}, {"backend": "bnb"}, r'asks for backend = "bnb"; take it over .* backend = "mxfp4"'),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, None, r'no \[quantization\]; .* backend = "fp8"'),
-        ({"quant_method": "gptq"}, {"backend": "mxfp4"}, r"quantized \(gptq\).*; choose the unquantized base"),
-        ({}, {"backend": "fp8"}, "its config.json names no method"),
-        ({"quant_method": "fp8", "weight_block_size": [64, 64]}, {"backend": "fp8"}, r"set block_size = \[64, 64\]"),
-        ({"quant_method": "fp8"}, {"backend": "fp8"}, "one scale per weight"),
+        ({"quant_method": "mxfp4"}, {"backend": "bnb"}, r'asks for backend = "bnb"; drop \[quantization\] .* as it is'),
+        ({"quant_method": "gptq"}, {"backend": "mxfp4"}, r"asks for .*; choose the unquantized base"),
+        ({"quant_method": "awq"}, None, "quantune can't train on that: .* takes over mxfp4 and fp8; choose"),
     ],
 )
 def test_a_checkpoint_in_another_format_is_refused_with_the_way_out(stored, plan, message):
-    with pytest.raises(ModelError, match=message):
-        require_same_format("some/base", stored, None if plan is None else quantization(**plan))
+    with pytest.raises(ModelError, match=rf'\[model\] base = "some/base" is already quantized .*{message}'):
+        quantization_over("some/base", stored, None if plan is None else quantization(**plan))
+
+
+def test_a_base_that_is_already_quantized_is_taken_over_as_it_is_without_a_table(tmp_path):
+    """What is trained is what a table that names the format trains, and the resolved recipe names it."""
+    stored = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    base = rewrite(
+        mini.PATH, tmp_path / "fp8", lambda name, tensor: quantize_fp8(name, tensor, block_size=(64, 64)), stored
+    )
+    (tmp_path / "train.jsonl").write_text('{"prompt": "1 + 1", "response": "2"}\n' * 8)
+    adapters = {}
+    for name, table in (("without", ""), ("with", '[quantization]\nbackend = "fp8"\nblock_size = [64, 64]\n')):
+        path = tmp_path / f"{name}.toml"
+        path.write_text(
+            f'[model]\nbase = {json.dumps(str(base))}\n{table}[adapter]\nr = 4\n[[data.train]]\npath = "train.jsonl"\n'
+            f'format = "instruct"\n[training]\nmax_steps = 2\nprecision = "fp32"\n[output]\ndir = "{tmp_path / name}"\n'
+        )
+        with RunFolder.open(tmp_path / name, "new") as folder:
+            train(open_recipe(path), folder, SilentObserver())
+        adapters[name] = (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes()
+        assert 'backend = "fp8"\n' in (tmp_path / name / "recipe.toml").read_text()
+    assert adapters["without"] == adapters["with"]
+
+
+def test_the_quantization_of_a_text_model_within_another_is_found_and_taken_out():
+    config = Gemma3Config(text_config={"quantization_config": {"quant_method": "gptq"}})
+    assert take_quantization(config) == {"quant_method": "gptq"}
+    assert take_quantization(config) is None
+
+
+def test_a_quantized_checkpoint_is_never_loaded_as_if_it_were_not(deepseek_fp8):
+    with pytest.raises(ModelError, match=r"already quantized \(fp8\) and can't be loaded in full precision"):
+        load_model(opened(deepseek_fp8), None, compute_dtype=torch.float32, device=CPU)
 
 
 def test_an_initialization_that_changes_weights_is_refused(deepseek_fp8):

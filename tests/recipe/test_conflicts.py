@@ -60,6 +60,15 @@ from recipe_support import VALID, load, problems, write
         ("warmup_steps = 2\nwarmup_ratio = 0.1", "training.warmup_ratio", "both set the warm-up"),
         ("warmup_steps = 10", "training.warmup_steps", "does not end within max_steps = 10"),
         ("batch_size = 6\nmicro_batch_size = 4", "training.micro_batch_size", "does not divide batch_size = 6"),
+        ('schedule = "constant"\nmin_lr_ratio = 0.1', "training.min_lr_ratio", 'no meaning for schedule = "constant"'),
+        (
+            '[evaluation]\nat_end = false\n[[data.eval]]\npath = "x.csv"\nformat = "chat"',
+            "evaluation.at_end",
+            "nothing evaluates it",
+        ),
+        ("[evaluation]\nmax_samples = 5", "evaluation.max_samples", "there is nothing to evaluate on"),
+        ("[evaluation]\nbatch_size = 4", "evaluation.batch_size", "there is nothing to evaluate on"),
+        ("[evaluation]\nmax_new_tokens = 4", "evaluation.max_new_tokens", "answers that exact_match generates"),
         ("[evaluation]\nat_start = true", "evaluation.at_start", "there is nothing to evaluate on"),
         ("[evaluation]\nevery_steps = 5", "evaluation.every_steps", "there is nothing to evaluate on"),
         (
@@ -241,3 +250,41 @@ def test_an_empty_list_of_targets_needs_weights_of_experts(tmp_path):
 def test_a_gaussian_adapter_on_experts_is_no_contradiction(tmp_path):
     keys = 'target_parameters = ["down_proj"]\ninit = "gaussian"'
     load(write(tmp_path, VALID.replace("r = 8", f"r = 8\n{keys}")))
+
+
+def test_an_adapter_on_weights_of_experts_has_no_inputs_to_drop(tmp_path):
+    text = VALID.replace("r = 8", 'dropout = 0.1\ntarget_parameters = ["down_proj"]\nr = 8')
+    (problem,) = problems(write(tmp_path, text))
+    assert (problem.code, problem.where, problem.line) == ("QT121", "adapter.dropout", 9)
+    assert [place.line for place in problem.related] == [10]
+    load(write(tmp_path, text.replace("dropout = 0.1", "dropout = 0.0")))
+
+
+def test_a_constant_schedule_ends_at_its_peak(tmp_path):
+    (problem,) = problems(write(tmp_path, VALID + 'schedule = "constant"\nmin_lr_ratio = 0.1\n'))
+    assert (problem.code, problem.where) == ("QT021", "training.min_lr_ratio")
+    load(write(tmp_path, VALID + 'schedule = "linear"\nmin_lr_ratio = 0.1\n'))
+
+
+EVAL = '[[data.eval]]\npath = "x.csv"\nformat = "chat"\n[evaluation]\nat_end = false\n'
+
+
+@pytest.mark.parametrize("keys", ["", "every_steps = 10", "every_steps = 11"])
+def test_evaluation_data_that_nothing_evaluates_is_refused(tmp_path, keys):
+    (problem,) = problems(write(tmp_path, f"{VALID}{EVAL}{keys}\n"))
+    assert (problem.code, problem.where) == ("QT022", "evaluation.at_end")
+    assert "nothing evaluates it" in problem.message and problem.hint
+
+
+@pytest.mark.parametrize("keys", ["every_steps = 9", "per_epoch = 1", "at_start = true"])
+def test_evaluation_data_that_is_evaluated_once_is_fine(tmp_path, keys):
+    load(write(tmp_path, f"{VALID}{EVAL}{keys}\n"))
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "flash_attention_3"])
+def test_flash_attention_does_not_compute_in_fp32(tmp_path, attention):
+    text = VALID.replace('"builtin:mini"', f'"builtin:mini"\nattn_implementation = "{attention}"')
+    (problem,) = problems(write(tmp_path, text.replace("max_steps = 10", 'precision = "fp32"')))
+    assert problem.where == "model.attn_implementation" and 'precision is "fp32"' in problem.message
+    assert [place.source_line for place in problem.related] == ['precision = "fp32"']
+    load(write(tmp_path, text.replace("max_steps = 10", 'precision = "bf16"')))

@@ -3,6 +3,8 @@
 import pytest
 from recipe_support import VALID, options_of, write
 
+from quantune.backends.checkpoints import format_problem
+from quantune.backends.registry import options_of as registry_options_of
 from quantune.errors import RecipeError
 from quantune.recipe.load import load_recipe
 from quantune.recipe.preflight import check_files
@@ -140,3 +142,65 @@ def test_an_adapter_to_start_from_is_looked_at_beside_the_recipe(tmp_path, files
     (problem,) = caught.value.problems
     assert (problem.code, problem.where) == ("QT030", "adapter.start_from") and message in problem.message
     assert str(tmp_path / "before") in problem.message
+
+
+def quantized_base(folder, config):
+    (folder / "train.jsonl").write_text("{}")
+    (folder / "model").mkdir()
+    (folder / "model" / "model.safetensors").write_text("")
+    (folder / "model" / "config.json").write_text(config)
+
+
+def check_format(tmp_path, text):
+    path = write(tmp_path, text)
+    loaded = load_recipe(path, options_of=registry_options_of)
+    check_files(loaded, with_absolute_paths(loaded.recipe, path), format_problem=format_problem)
+
+
+AWQ = '{"quantization_config": {"quant_method": "awq"}}'
+FP8 = '{"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}'
+BNB = VALID.replace('"toy"', '"bnb"').replace("builtin:mini", "./model")
+NO_TABLE = BNB.replace('[quantization]\nbackend = "bnb"\nweight_dtype = "nf4"\n', "")
+
+
+@pytest.mark.parametrize(
+    ("config", "text", "code", "where", "line", "related"),
+    [
+        (AWQ, BNB, "QT122", "quantization.backend", 5, [2]),
+        (FP8, BNB, "QT122", "quantization.backend", 5, [2]),
+        (AWQ, NO_TABLE, "QT123", "model.base", 2, []),
+        (FP8, 'load_in_4bit = "true"\n' + NO_TABLE, "QT122", "load_in_4bit", 1, [3]),
+        (FP8, NO_TABLE.replace("r = 8", 'r = 8\ninit = "pissa"'), "QT125", "adapter.init", 7, [2]),
+        ("[]", NO_TABLE, "QT030", "model.base", 2, []),
+        ("{", NO_TABLE, "QT030", "model.base", 2, []),
+    ],
+)
+def test_a_base_that_is_already_quantized_is_held_against_the_recipe(
+    tmp_path, config, text, code, where, line, related
+):
+    quantized_base(tmp_path, config)
+    with pytest.raises(RecipeError) as caught:
+        check_format(tmp_path, text)
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.where, problem.line) == (code, where, line)
+    assert [place.line for place in problem.related] == related
+
+
+@pytest.mark.parametrize("config", [FP8, '{"quantization_config": null}', "{}"])
+def test_a_base_whose_format_is_taken_over_or_that_has_none_is_fine_without_a_table(tmp_path, config):
+    quantized_base(tmp_path, config)
+    check_format(tmp_path, NO_TABLE)
+
+
+def test_the_quantization_of_a_text_model_within_another_is_found(tmp_path):
+    quantized_base(tmp_path, f'{{"text_config": {AWQ}}}')
+    with pytest.raises(RecipeError, match=r"already quantized \(awq\)"):
+        check_format(tmp_path, NO_TABLE)
+
+
+def test_a_folder_has_no_revision(tmp_path):
+    quantized_base(tmp_path, "{}")
+    with pytest.raises(RecipeError) as caught:
+        check_format(tmp_path, BNB.replace('"./model"', '"./model"\nrevision = "main"'))
+    (problem,) = caught.value.problems
+    assert (problem.code, problem.where, problem.line) == ("QT021", "model.revision", 3)

@@ -160,13 +160,13 @@ def test_config_kwargs_of_older_configs_are_understood_with_a_warning(tmp_path):
     assert quantization.skip == ("a", "b") and quantization.options.block_size == (64, 64)
     (warning,) = loaded.warnings
     assert warning.code == "QT040" and warning.line == 7 and "DEPRECATED" in warning.message
-    assert warning.hint == 'write block_size = [64, 64], skip = ["a", "b"]'
+    assert warning.hint == 'write [quantization] block_size = [64, 64], skip = ["a", "b"]'
 
 
 def test_config_kwargs_that_say_what_is_so_anyway_can_go(tmp_path):
     loaded = load(tmp_path, 'backend = "mxfp4"\nconfig_kwargs = {dequantize = false}')
     assert loaded.recipe.quantization.skip == ()
-    assert "nothing" in loaded.warnings[0].hint
+    assert loaded.warnings[0].hint == "leave it out: that is how it is anyway"
 
 
 @pytest.mark.parametrize(
@@ -192,9 +192,9 @@ def test_config_kwargs_that_say_what_is_so_anyway_can_go(tmp_path):
         ),
         (
             'backend = "fp8"\nblock_size = [128, 128]\nconfig_kwargs = {weight_block_size = [64, 64]}',
-            "QT020",
+            "QT100",
             "quantization.config_kwargs.weight_block_size",
-            "say different things",
+            "means block_size = [64, 64], and [quantization] means fp8 with block_size = [128, 128]",
         ),
         (
             'backend = "fp8"\nconfig_kwargs = {modules_to_not_convert = "lm_head"}',

@@ -29,13 +29,16 @@ class Fp8Options:
         """What of a checkpoint's own quantization does not fit: blocks of another size, or none."""
         stored = quantization_config.get("weight_block_size")
         if stored is None:
-            return "it has one scale per weight, where fp8 has one per block; choose the unquantized base"
+            return "it has one scale per weight, where fp8 has one per block"
         if list(stored) != list(self.block_size):
-            return (
-                f"it has blocks of {list(stored)}, where the recipe has {list(self.block_size)}; set block_size = "
-                + (str(list(stored)))
-            )
+            return f"it has blocks of {list(stored)}, where the recipe has block_size = {list(self.block_size)}"
         return None
+
+    @classmethod
+    def of_checkpoint(cls, quantization_config: Mapping[str, Any]) -> Fp8Options:
+        """The options that a checkpoint was quantized with."""
+        stored = quantization_config.get("weight_block_size")
+        return cls() if stored is None else cls(block_size=tuple(stored))
 
 
 def _load() -> Backend:

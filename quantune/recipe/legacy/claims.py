@@ -162,9 +162,10 @@ _HINTS = {
 def unified(claims: Sequence[Claim]) -> dict[str, Any]:
     """The table that claims which agree come to."""
     table: dict[str, Any] = {}
+    # beside [quantization], what is implied there as well is left to its defaults
+    complete = any(claim.canonical and "backend" in claim.says for claim in claims)
     for claim in claims:
-        said = claim.says if claim.canonical else {**claim.says, **_needed(claim)}
-        for key, value in said.items():
+        for key, value in (claim.says if complete else {**claim.says, **_needed(claim)}).items():
             if key == "skip" and isinstance(value, list) and isinstance(table.get("skip", []), list):
                 table[key] = [*table.get("skip", ()), *(one for one in value if one not in table.get("skip", ()))]
             else:

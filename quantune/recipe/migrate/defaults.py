@@ -72,7 +72,8 @@ def _applies(section: str, key: str, config: Config, written: set[RecipePath]) -
     if (section, key) == ("checkpoint", "per_epoch"):
         return (section, "every_steps") not in written and config.get("save_strategy") not in ("no", False)
     if section == "evaluation":
-        wanted = {"batch_size": True, "at_start": scheduled(config), "at_end": not scheduled(config)}
+        held_out = is_off(config.get("test_datasets"))  # rows of their own are there to be evaluated
+        wanted = {"batch_size": True, "at_start": scheduled(config), "at_end": held_out and not scheduled(config)}
         return evaluates(config) and wanted[key]
     return section != "adapter" or is_off(config.get("lora_model_dir"))
 

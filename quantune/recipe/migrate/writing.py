@@ -79,7 +79,7 @@ def _why(entry: Entry) -> str:
 
 
 def _left_out(report: Report) -> list[str]:
-    """What is dropped or translated by writing nothing, with the reasons; keys with the same one stand together."""
+    """The keys that nothing was written for, with the reasons, those with the same one together."""
     by_reason: dict[str, list[str]] = {}
     for entry in (*report.of("dropped"), *(one for one in report.of("translated") if not one.to)):
         by_reason.setdefault(entry.note or "", []).append(shown(entry.key))
