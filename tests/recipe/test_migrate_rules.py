@@ -1001,3 +1001,8 @@ keep = 4       # the default there
 # - strict: it belongs to that tool's own commands
 """
     )
+
+
+def test_a_key_that_holds_a_dot_is_no_path():
+    for key in ("fsdp_config.version", "datasets[]", "bnb_config_kwargs.**"):
+        assert entry_of(migrated({key: 2}), key).outcome == "unrecognised"

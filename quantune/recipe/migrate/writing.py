@@ -79,9 +79,9 @@ def _why(entry: Entry) -> str:
 
 
 def _left_out(report: Report) -> list[str]:
-    """The dropped keys with the reasons, those with the same one together."""
+    """The keys that nothing was written for, with the reasons, those with the same one together."""
     by_reason: dict[str, list[str]] = {}
-    for entry in report.of("dropped"):
+    for entry in (*report.of("dropped"), *(one for one in report.of("translated") if not one.to)):
         by_reason.setdefault(entry.note or "", []).append(shown(entry.key))
     if not by_reason:
         return []
