@@ -93,9 +93,9 @@ def load_recipe(
     recipe, found = structure_recipe(rewritten.document, options_of, backends_with)
     found += conflicts.check_sections(sound_sections(rewritten.document, [*rewritten.findings, *found]))
     findings += [*rewritten.findings, *rewritten.placed(found)]
-    if findings or recipe is None:
-        raise _error(findings, text, path, origins)
     warnings = _sorted(_locate(warning, text, path, origins) for warning in rewritten.warnings)
+    if findings or recipe is None:
+        raise RecipeError(_error(findings, text, path, origins).problems, warnings)
     return LoadedRecipe(recipe=recipe, path=path, text=text, origins=origins, rewritten=rewritten, warnings=warnings)
 
 
@@ -157,14 +157,20 @@ def _structure_options(
     try:
         cls = options_of(backend)
     except BackendError as error:
-        return None, [Finding(code="QT015", path=("quantization", "backend"), message=str(error))]
+        return None, [Finding(code="QT015", path=("quantization", "backend"), message=error.message, hint=error.hint)]
     given = {key: value for key, value in table.items() if key not in own}
     options, findings = structure(cls, given, prefix=("quantization",), of=f' for backend "{backend}"', more=own)
     if options is None or findings:
         return None, [_explain(finding, backend, cls, given, backends_with) for finding in findings]
     if hasattr(options, "problems"):
         findings = [
-            Finding(code="QT016", path=("quantization", key), message=message) for key, message in options.problems()
+            Finding(
+                code="QT016",
+                path=("quantization", key),
+                message=message,
+                of_value=not message.startswith(f"{key} "),  # the key is the subject where it has no meaning
+            )
+            for key, message in options.problems()
         ]
     if hasattr(options, "resolved") and not findings:
         options = options.resolved()
@@ -221,11 +227,14 @@ def _locate(finding: Finding, text: str, path: Path, origins: dict[positions.Pat
         "where": finding.where,
         "message": finding.message,
         "hint": finding.hint,
-        "related": () if other is None else (attrs.evolve(other, label=finding.other_label),),
+        "related": ()
+        if other is None
+        else (attrs.evolve(other, origin=other.origin or str(path), label=finding.other_label),),
     }
     if finding.origin is not None:
         return Problem(**known, origin=finding.origin)
-    place = _place(finding.path, text, origins, value=finding.code in OF_VALUES)
+    of_value = finding.code in OF_VALUES if finding.of_value is None else finding.of_value
+    place = _place(finding.path, text, origins, value=of_value)
     if place is None:
         # a section that only an override made, or nothing that anything set
         made = (origin for set_path, origin in origins.items() if set_path[: len(finding.path)] == finding.path)
@@ -252,7 +261,9 @@ def _place(path: positions.Path, text: str, origins: dict[positions.Path, str], 
         key = positions.key_span(text, path[:length])
         if key is None:
             continue
-        meant = (positions.value_span(text, path) if value else None) or key
         line = positions.lines_of(text)[key.line - 1]
+        meant = (positions.value_span(text, path) if value else None) or key
+        if line[meant.column - 1 :].startswith("{"):  # a table is at its key, with a header or inline
+            meant = key
         return Place(line=key.line, column=key.column, source_line=line, underline=(meant.column, meant.length))
     return None

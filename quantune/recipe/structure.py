@@ -34,6 +34,8 @@ class Finding:
     hint: str | None = None
     origin: str | None = None
     """What set the value, when that was not the file."""
+    of_value: bool | None = None
+    """Whether the value is what is wrong rather than the key, where the code does not say so."""
     other: Path | None = None
     """Another key that it is about, e.g. the one it contradicts."""
     other_label: str = ""

@@ -30,7 +30,14 @@ BASE = {
     "learning_rate": 1e-4,
 }
 EVALUATED = {"val_set_size": 0.1}
-NOTHING = object()
+
+
+class Nothing:
+    def __repr__(self):
+        return "NOTHING"  # without an address, so that the ids of tests are the same in every process
+
+
+NOTHING = Nothing()
 """The recipe does not have the key."""
 
 
