@@ -4,7 +4,7 @@ Draft 7 and its plainest constructs, which is what TOML editors (taplo and those
 each table what may stand in it. Beyond it, and left to `quantune check`, are:
 
 - contradictions between keys, what a backend's `problems()` says of its options, and the files a recipe names;
-- what older spellings say together, and which of their values mean something;
+- what older spellings say together, which of their values mean something, and those that stand inside a table;
 - what JSON can't tell apart: `16.0` is a whole number there, `nan` is in every range, numbers have no 64 bits.
 """
 

@@ -95,7 +95,7 @@ def load_recipe(
     findings += [*rewritten.findings, *rewritten.placed(found)]
     if findings or recipe is None:
         raise _error(findings, text, path, origins)
-    warnings = tuple(_locate(warning, text, path, origins) for warning in rewritten.warnings)
+    warnings = _sorted(_locate(warning, text, path, origins) for warning in rewritten.warnings)
     return LoadedRecipe(recipe=recipe, path=path, text=text, origins=origins, rewritten=rewritten, warnings=warnings)
 
 
@@ -206,8 +206,12 @@ def _read(path: Path) -> str:
 
 
 def _error(findings: Iterable[Finding], text: str, path: Path, origins: dict[positions.Path, str]) -> RecipeError:
-    problems = [_locate(finding, text, path, origins) for finding in findings]
-    return RecipeError(sorted(problems, key=lambda problem: (problem.line or 0, problem.column or 0, problem.where)))
+    return RecipeError(_sorted(_locate(finding, text, path, origins) for finding in findings))
+
+
+def _sorted(problems: Iterable[Problem]) -> tuple[Problem, ...]:
+    """In the order of the file; what is not in it comes first."""
+    return tuple(sorted(problems, key=lambda problem: (problem.line or 0, problem.column or 0, problem.where)))
 
 
 def _locate(finding: Finding, text: str, path: Path, origins: dict[positions.Path, str]) -> Problem:

@@ -74,7 +74,7 @@ def structure(
 def _findings(error: BaseException, path: Path, cls: type | None, of: str, more: Sequence[str]) -> list[Finding]:
     """Walk an exception group; notes on the members say which key or index each belongs to."""
     if isinstance(error, ForbiddenExtraKeysError):
-        return [_unknown(key, path, error.cl, of, more) for key in sorted(error.extra_fields)]
+        return [_unknown(key, path, error.cl, of, more) for key in sorted(error.extra_fields, key=str)]
     if isinstance(error, KeyError):
         key = str(error.args[0])
         kind = "section" if not path else "key"
@@ -105,11 +105,11 @@ def _step(error: BaseException) -> Path:
 
 def _unknown(key: str, path: Path, cls: type, of: str, more: Sequence[str]) -> Finding:
     known = [field.name for field in attrs.fields(cls) if field.name != "options"] + list(more)
-    close = difflib.get_close_matches(key, known, n=1)
+    close = difflib.get_close_matches(str(key), known, n=1)  # YAML has keys of other types
     code, noun = ("QT012", "key") if path else ("QT011", "section")
     listing = ", ".join(sorted(known))
     hint = f'did you mean "{close[0]}"?' if close else f"there are: {listing}"
-    return Finding(code=code, path=(*path, key), message=f"unknown {noun} {_quoted(key)}{of}", hint=hint)
+    return Finding(code=code, path=(*path, key), message=f"unknown {noun} {_quoted(str(key))}{of}", hint=hint)
 
 
 def _dotted(path: Path) -> str:

@@ -502,7 +502,7 @@ def test_a_recipe_in_old_spellings_is_the_recipe_in_new_ones(tmp_path):
     old = load(tmp_path, 'adapter = "qlora"\nbnb_config_kwargs = {bnb_4bit_use_double_quant = false}')
     new = load(tmp_path, "", '[adapter]\n[quantization]\nbackend = "bnb"\nweight_dtype = "nf4"\ndouble_quant = false')
     assert old.recipe == new.recipe and new.warnings == ()
-    assert [(warning.line, warning.code) for warning in old.warnings] == [(2, "QT040"), (1, "QT040")]
+    assert [(warning.line, warning.code) for warning in old.warnings] == [(1, "QT040"), (2, "QT040")]
 
 
 def test_a_contradiction_shows_both_lines(tmp_path):
