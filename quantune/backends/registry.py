@@ -105,7 +105,7 @@ def named(name: str) -> FoundBackend:
     usable = [backend.name for backend in found.values() if backend.problem is None]
     listing = ", ".join(f'"{one}"' for one in sorted(usable))
     message = f'expected one of the installed backends {listing}, found "{plain(name, 80)}"'
-    raise BackendError(f"{message}{_way_out(name, usable)}")
+    raise BackendError(message, _way_out(name, usable).removeprefix("; ") or None)
 
 
 def describe(name: str) -> BackendDescription:

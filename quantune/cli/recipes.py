@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from quantune.backends.checkpoints import format_problem
 from quantune.backends.registry import backends_with_option, options_of
 from quantune.cli.console import warn
+from quantune.errors import Problem
 from quantune.recipe.load import load_recipe
 from quantune.recipe.preflight import check_files, file_findings
 from quantune.recipe.resolve import with_absolute_paths
@@ -15,10 +16,12 @@ from quantune.recipe.schema import Recipe
 from quantune.recipe.structure import Finding
 
 
-def open_recipe(path: Path, overrides: Sequence[str] = (), *, data: bool = True) -> Recipe:
+def open_recipe(
+    path: Path, overrides: Sequence[str] = (), *, data: bool = True, warned: Callable[[Problem], None] = warn
+) -> Recipe:
     """Load and check a recipe and the files it names; its paths are absolute afterwards.
 
-    Without `data` the data files may be gone: answering needs the base alone.
+    Without `data` the data files may be gone: answering needs the base alone. `warned` is given each warning.
 
     Raises:
         RecipeError: with every problem there is.
@@ -31,7 +34,7 @@ def open_recipe(path: Path, overrides: Sequence[str] = (), *, data: bool = True)
         path, options_of=options_of, backends_with=backends_with_option, overrides=overrides, files=files
     )
     for warning in loaded.warnings:
-        warn(warning)
+        warned(warning)
     recipe = with_absolute_paths(loaded.recipe, path)
     check_files(loaded, recipe, data=data, format_problem=format_problem)
     return recipe

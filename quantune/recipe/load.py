@@ -70,7 +70,7 @@ class LoadedRecipe:
 
     def error(self, findings: Iterable[Finding]) -> RecipeError:
         """The findings as one error with positions."""
-        return _error(self.rewritten.placed(findings), self.text, self.path, self.origins)
+        return RecipeError(_located(self.rewritten.placed(findings), self.text, self.path, self.origins))
 
 
 def load_recipe(
@@ -113,12 +113,12 @@ def load_recipe(
     sections = sound_sections(rewritten.document, [*rewritten.findings, *found])
     found += conflicts.check_sections(sections)
     findings += [*_contradictions(rewritten.findings, rewritten.placed(found)), *rewritten.placed(found)]
+    warnings = tuple(_located(rewritten.warnings, text, path, origins))
     if findings or recipe is None:
         known = {finding.path for finding in findings}
         looked_at = rewritten.placed(_files_of(sections, files))
         findings += [finding for finding in looked_at if finding.path not in known]
-        raise _error(findings, text, path, origins)
-    warnings = tuple(_located(rewritten.warnings, text, path, origins))
+        raise RecipeError(_located(findings, text, path, origins), warnings)
     return LoadedRecipe(recipe=recipe, path=path, text=text, origins=origins, rewritten=rewritten, warnings=warnings)
 
 
@@ -201,7 +201,7 @@ def _structure_options(
     try:
         cls = options_of(backend)
     except BackendError as error:
-        return None, [Finding(code="QT015", path=("quantization", "backend"), message=str(error))]
+        return None, [Finding(code="QT015", path=("quantization", "backend"), message=error.message, hint=error.hint)]
     given = {key: value for key, value in table.items() if key not in own}
     options, findings = structure(cls, given, prefix=("quantization",), of=f' for backend "{backend}"', more=own)
     if options is None or findings:
@@ -216,7 +216,15 @@ def _structure_options(
 def _problems(options: Any) -> list[Finding]:
     """What a backend says of its options together."""
     said = options.problems() if hasattr(options, "problems") else ()
-    return [Finding(code="QT016", path=("quantization", key), message=message) for key, message in said]
+    return [
+        Finding(
+            code="QT016",
+            path=("quantization", key),
+            message=message,
+            of_value=not message.startswith(f"{key} "),  # the key is the subject where it has no meaning
+        )
+        for key, message in said
+    ]
 
 
 def _problems_of_the_rest(cls: type, given: dict[str, Any], findings: Sequence[Finding]) -> list[Finding]:
@@ -264,12 +272,8 @@ def _read(path: Path) -> str:
         raise problem(f"can't be read: {error.strerror}") from None
 
 
-def _error(findings: Iterable[Finding], text: str, path: Path, origins: dict[positions.Path, str]) -> RecipeError:
-    return RecipeError(_located(findings, text, path, origins))
-
-
 def _located(findings: Iterable[Finding], text: str, path: Path, origins: dict[positions.Path, str]) -> list[Problem]:
-    """The findings with their positions, in the order of these."""
+    """The findings with their positions, in the order of these; what is not in the file comes first."""
     problems = [_locate(finding, text, path, origins) for finding in findings]
     return sorted(problems, key=lambda problem: (problem.line or 0, problem.column or 0, problem.where))
 
@@ -281,11 +285,14 @@ def _locate(finding: Finding, text: str, path: Path, origins: dict[positions.Pat
         "where": finding.where,
         "message": finding.message,
         "hint": finding.hint,
-        "related": () if other is None else (attrs.evolve(other, label=finding.other_label),),
+        "related": ()
+        if other is None
+        else (attrs.evolve(other, origin=other.origin or str(path), label=finding.other_label),),
     }
     if finding.origin is not None:
         return Problem(**known, origin=finding.origin)
-    place = _place(finding.path, text, origins, value=finding.code in OF_VALUES)
+    of_value = finding.code in OF_VALUES if finding.of_value is None else finding.of_value
+    place = _place(finding.path, text, origins, value=of_value)
     if place is None:
         # a section that only an override made, or nothing that anything set
         made = (origin for set_path, origin in origins.items() if set_path[: len(finding.path)] == finding.path)
@@ -314,7 +321,9 @@ def _place(
         key = positions.key_span(text, path[:length])
         if key is None:
             continue
-        meant = (positions.value_span(text, path) if value else None) or key
         line = positions.lines_of(text)[key.line - 1]
+        meant = (positions.value_span(text, path) if value else None) or key
+        if line[meant.column - 1 :].startswith("{"):  # a table is at its key, with a header or inline
+            meant = key
         return Place(line=key.line, column=key.column, source_line=line, underline=(meant.column, meant.length))
     return None

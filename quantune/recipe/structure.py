@@ -35,6 +35,8 @@ class Finding:
     hint: str | None = None
     origin: str | None = None
     """What set the value, when that was not the file."""
+    of_value: bool | None = None
+    """Whether the value is what is wrong rather than the key, where the code does not say so."""
     other: Path | None = None
     """Another key that it is about, e.g. the one it contradicts."""
     other_label: str = ""
@@ -89,7 +91,7 @@ def _hint_of(error: BaseException, path: Path) -> str | None:
 def _findings(error: BaseException, path: Path, cls: type | None, of: str, more: Sequence[str]) -> list[Finding]:
     """Walk an exception group; notes on the members say which key or index each belongs to."""
     if isinstance(error, ForbiddenExtraKeysError):
-        return [_unknown(key, path, error.cl, of, more) for key in sorted(error.extra_fields)]
+        return [_unknown(key, path, error.cl, of, more) for key in sorted(error.extra_fields, key=str)]
     if isinstance(error, KeyError):
         key = str(error.args[0])
         kind = "section" if not path else "key"
@@ -120,11 +122,12 @@ def _step(error: BaseException) -> Path:
 
 def _unknown(key: str, path: Path, cls: type, of: str, more: Sequence[str]) -> Finding:
     known = [field.name for field in attrs.fields(cls) if field.name != "options"] + list(more)
-    meant = closest(key, known)
+    name = str(key)  # YAML has keys of other types
+    meant = closest(name, known)
     code, noun = ("QT012", "key") if path else ("QT011", "section")
     listing = ", ".join(sorted(known))
     hint = f'did you mean "{meant}"?' if meant else f"there are: {listing}"
-    return Finding(code=code, path=(*path, key), message=f"unknown {noun} {quoted(key)}{of}", hint=hint, meant=meant)
+    return Finding(code=code, path=(*path, key), message=f"unknown {noun} {quoted(name)}{of}", hint=hint, meant=meant)
 
 
 def closest(text: str, names: Sequence[str]) -> str | None:

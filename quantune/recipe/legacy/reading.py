@@ -278,7 +278,8 @@ def _read_peft(old: Old, reading: Reading) -> None:
 def _read_flat(old: Old, path: Path, given: dict[str, Any], reading: Reading) -> None:
     """`{backend = "torchao", weight_dtype = "int4"}`: what `[quantization]` looks like."""
     backend = given["backend"]
-    table = {key: value for key, value in given.items() if value is not None and key != "config_kwargs"}
+    own = ("config_kwargs",) if backend in BACKENDS else ()  # a plugin's keys are the plugin's
+    table = {key: value for key, value in given.items() if value is not None and key not in own}
     others = sorted(str(key) for key, value in table.items() if key in BACKENDS and isinstance(value, dict))
     if others:
         named = sorted({*others, str(backend)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 import attrs
@@ -309,7 +310,7 @@ def _problem(
     position: Position | None = None,
 ) -> Problem:
     line, column = position or (None, None)
-    lines = text.splitlines()
+    lines = _lines_of(text)
     source = lines[line - 1] if line is not None and line <= len(lines) else None
     return Problem(
         code=code,
@@ -321,3 +322,8 @@ def _problem(
         source_line=source,
         origin=name,
     )
+
+
+@lru_cache(maxsize=1)
+def _lines_of(text: str) -> list[str]:
+    return text.splitlines()

@@ -6,13 +6,14 @@ of them, or finds wrong, is the outcome of the keys it came from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
 import attrs
 
 from quantune.recipe import legacy
+from quantune.recipe.migrate.reading import Path
 from quantune.recipe.migrate.rule import (
     Config,
     Leaf,
@@ -23,6 +24,7 @@ from quantune.recipe.migrate.rule import (
     refused,
     same,
     translate,
+    write,
     writes,
 )
 from quantune.recipe.migrate.values import flag, is_off
@@ -53,6 +55,10 @@ class Spelled:
     """Keys of `[quantization]` and `[adapter]` that the spellings come to; none where they contradict each other."""
     findings: tuple[Finding, ...]
     """What is wrong with them."""
+    at: Mapping[Path, Finding]
+    """What is wrong with a key, or with all below it."""
+    below: Mapping[Path, Finding]
+    """What is wrong with something below a key."""
     foreign: Mapping[str, Finding]
     """What is wrong with the keys of methods that quantune does not have."""
 
@@ -74,16 +80,25 @@ def spelled(config: Config) -> Spelled:
             tables.update({(section, key): value for key, value in table.items()})
     foreign = {key: config.get(key) for key in FOREIGN if not is_off(config.get(key))}
     against = {str(found.path[0]): found for found in legacy.rewrite({**given, **foreign}).findings}
+    at: dict[Path, Finding] = {}
+    below: dict[Path, Finding] = {}
+    for finding in made.findings:
+        for place in (finding.path, finding.other or finding.path):
+            at.setdefault(place, finding)
+            for length in range(1, len(place)):
+                below.setdefault(place[:length], finding)
     return Spelled(
         tables=tables,
         findings=tuple(made.findings),
+        at=at,
+        below=below,
         foreign={key: finding for key, finding in against.items() if key in foreign},
     )
 
 
 def _spelling(leaf: Leaf) -> Outcome:
     found = spelled(leaf.config)
-    said = _finding(leaf, found.findings)
+    said = _finding(leaf)
     if said is not None:
         return refuse(_in_words(said))
     root = leaf.path[0]
@@ -93,24 +108,40 @@ def _spelling(leaf: Leaf) -> Outcome:
         return same()
     if found.findings:
         return refuse(_in_words(found.findings[0]))
-    made = {path: value for path, value in found.tables.items() if path[0] == "quantization"}
+    quantized = ("quantization", "backend") in found.tables
     if root == "quantize_moe_experts":
-        return writes({("quantization", "experts"): flag(leaf.value)}) if made else same()
-    if not made:
+        return write("quantization.experts", flag(leaf.value)) if quantized else same()
+    if not quantized:
         return same() if is_off(leaf.value) else refuse("it quantizes nothing without the key that names the format")
-    return writes(_share(leaf, made))
+    return writes(_share(leaf), None if leaf.config.get("adapter") == "qlora" else _experts_note(leaf.config))
 
 
-def _share(leaf: Leaf, made: Mapping[RecipePath, Any]) -> Mapping[RecipePath, Any]:
-    """The part of the table that a key says: in the flat form its own, and `backend` what no key beside it names."""
-    holder = leaf.config.values
-    for step in leaf.path[:-1]:
+def _experts_note(config: Config) -> str | None:
+    """What differs where `quantize_moe_experts` is silent: that tool packs fused experts only when it is on."""
+    backend = spelled(config).tables.get(("quantization", "backend"))
+    if config.get("quantize_moe_experts") is not None or backend not in ("bnb", "torchao"):
+        return None
+    return "fused experts of a mixture model are packed too; experts = false leaves them, as there by default"
+
+
+def _share(leaf: Leaf) -> Mapping[RecipePath, Any]:
+    """The part of the table that a key says: its own, and what no key beside it names."""
+    own = ("quantization", leaf.name)
+    tables, rest = spelled(leaf.config).tables, _unnamed(leaf.config, leaf.path[:-1])
+    if own not in tables:
+        return rest
+    flat = ("quantization", "backend") not in rest and leaf.name != "backend"
+    return {own: tables[own], **({} if flat else rest)}
+
+
+@lru_cache(maxsize=8)
+def _unnamed(config: Config, above: Path) -> Mapping[RecipePath, Any]:
+    """The part of the table that no key of the mapping at `above` names."""
+    holder: Any = config.values
+    for step in above:
         holder = holder[step]
-    if "backend" not in holder:
-        return made
-    if leaf.name == "backend":
-        return {path: value for path, value in made.items() if path[1] == "backend" or path[1] not in holder}
-    return {path: value for path, value in made.items() if path[1] == leaf.name} or made
+    tables = spelled(config).tables.items()
+    return {path: value for path, value in tables if path[0] == "quantization" and path[1] not in holder}
 
 
 def _adapter(leaf: Leaf) -> Outcome:
@@ -118,20 +149,17 @@ def _adapter(leaf: Leaf) -> Outcome:
         return same()
     if leaf.value not in ADAPTERS:
         return refuse(f"quantune's adapters are {' and '.join(ADAPTERS)}")
-    made: dict[RecipePath, Any] = {("adapter", "type"): "lora"}
-    if leaf.value == "qlora":
-        made.update(spelled(leaf.config).tables)
-    return writes(made)
+    if leaf.value == "lora":
+        return write("adapter.type", "lora")
+    tables = spelled(leaf.config).tables
+    return writes({**tables, ("adapter", "type"): "lora"}, _experts_note(leaf.config) if tables else None)
 
 
-def _finding(leaf: Leaf, findings: Iterable[Finding]) -> Finding | None:
+def _finding(leaf: Leaf) -> Finding | None:
     """What is said against this key, or against one above or below it."""
-    for finding in findings:
-        for place in (finding.path, getattr(finding, "other", None)):
-            length = min(len(place or ()), len(leaf.path))
-            if place and place[:length] == leaf.path[:length]:
-                return finding
-    return None
+    found = spelled(leaf.config)
+    above = (found.at.get(leaf.path[:length]) for length in range(len(leaf.path), 0, -1))
+    return next((finding for finding in above if finding), found.below.get(leaf.path))
 
 
 def _in_words(finding: Finding) -> str:

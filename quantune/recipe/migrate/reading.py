@@ -19,13 +19,17 @@ DEEPEST = 100
 """Levels of nesting."""
 MOST_NODES = 100_000
 """Nodes once every alias is expanded."""
+MOST_KEYS = 1000
+"""Keys of one mapping, those merged into it included."""
 
 Path = tuple[Any, ...]
 """Keys of mappings, as they were read, and indexes of lists."""
 Position = tuple[int, int]
 """Line and column, both from 1."""
 
-_MERGE, _MAP, _SEQUENCE = (f"tag:yaml.org,2002:{name}" for name in ("merge", "map", "seq"))
+_MERGE, _VALUE, _TEXT, _MAP, _SEQUENCE = (
+    f"tag:yaml.org,2002:{name}" for name in ("merge", "value", "str", "map", "seq")
+)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _SCALAR_ERRORS = (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, ArithmeticError)
 """What PyYAML's constructors raise for a scalar that is not what its tag says, e.g. the date 2024-13-45."""
@@ -64,13 +68,21 @@ def read(text: str) -> Document:
         node = loader.get_single_node()
     except yaml.YAMLError as error:
         raise _unreadable(error) from None
+    except (ValueError, OverflowError):  # of chr(), for "\U00110000"
+        place = loader.get_mark()
+        raise Unreadable(
+            "expected text, found a character beyond U+10FFFF", (place.line + 1, place.column + 1)
+        ) from None
     if not isinstance(node, yaml.MappingNode):
         found = {yaml.SequenceNode: "a list", yaml.ScalarNode: "a single value"}.get(type(node), "nothing")
         raise Unreadable(f"expected keys with values, found {found}")
     if _size(node, {}, set()) > MOST_NODES:
         raise Unreadable(f"expected at most {MOST_NODES:,} values once every alias is expanded")
     builder = _Builder(loader)
-    return Document(values=builder.build(node, ()), positions=builder.positions, duplicates=tuple(builder.duplicates))
+    values = builder.build(node, ())
+    if not isinstance(values, dict):
+        raise Unreadable("expected keys with values, found a set", _position(node))
+    return Document(values=values, positions=builder.positions, duplicates=tuple(builder.duplicates))
 
 
 def leaf_keys(document: dict[Any, Any]) -> list[str]:
@@ -98,8 +110,8 @@ def key_text(path: Path) -> str:
     """The path as the report writes it."""
     text = ""
     for part in path:
-        text += f"[{part}]" if isinstance(part, _Index) else f".{part}" if text else f"{part}"
-    return text
+        text += f"[{part}]" if isinstance(part, _Index) else f".{part}"
+    return text[1:]
 
 
 class _Index(int):
@@ -175,6 +187,10 @@ class _Builder:
             key = self._key(key_node)
             self.positions[(*path, key)] = _position(key_node)
             values[key] = self.build(value_node, (*path, key))
+        if len(values) > MOST_KEYS:
+            raise Unreadable(
+                f"expected at most {MOST_KEYS:,} keys in a mapping, found {len(values):,}", _position(node)
+            )
         return values
 
     def _find_duplicates(self, node: Any, path: Path) -> None:
@@ -182,6 +198,8 @@ class _Builder:
         for key_node, _ in node.value:
             if key_node.tag == _MERGE:
                 continue
+            if key_node.tag == _VALUE:  # a key `=`, which flattening takes for text, too late for this
+                key_node.tag = _TEXT
             key = self._key(key_node)
             if key in seen:
                 self.duplicates.append(((*path, key), _position(seen[key]), _position(key_node)))
@@ -200,6 +218,8 @@ class _Builder:
     def _construct(self, node: Any) -> Any:
         try:
             value = self.loader.construct_object(node, deep=True)
+            if not isinstance(value, str):
+                repr(value)  # which Python refuses for a number of more than 4300 digits, and so for all reports of it
         except yaml.YAMLError as error:
             raise _unreadable(error) from None
         except _SCALAR_ERRORS:

@@ -66,11 +66,15 @@ CONTAINERS = _containers()
 
 
 def pattern(path: Path) -> str:
-    """The path as rules name it: an index is `[]`."""
+    """The path as rules name it: an index is `[]`, and a key that itself has a dot or a bracket is no path."""
     text = ""
     for part in path:
-        text += "[]" if isinstance(part, _Index) else f".{part}" if text else f"{part}"
-    return text
+        name = f"{part}".translate(_ESCAPED)
+        text += "[]" if isinstance(part, _Index) else f".{name}"
+    return text[1:]
+
+
+_ESCAPED = {ord(sign): f"\\{sign}" for sign in ".[]*"}
 
 
 def rule_for(path: Path) -> Rule | None:

@@ -79,9 +79,9 @@ def _why(entry: Entry) -> str:
 
 
 def _left_out(report: Report) -> list[str]:
-    """The dropped keys with the reasons, those with the same one together."""
+    """The keys that nothing was written for, with the reasons, those with the same one together."""
     by_reason: dict[str, list[str]] = {}
-    for entry in report.of("dropped"):
+    for entry in (*report.of("dropped"), *(one for one in report.of("translated") if not one.to)):
         by_reason.setdefault(entry.note or "", []).append(shown(entry.key))
     if not by_reason:
         return []
@@ -92,7 +92,8 @@ def _left_out(report: Report) -> list[str]:
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH - 2, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.wrap(text, WIDTH - 2, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _ordered(table: dict[str, Any], path: tuple[str | int, ...]) -> list[str]:
