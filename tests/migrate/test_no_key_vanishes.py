@@ -11,7 +11,7 @@ from walker import keys_of
 
 from quantune.recipe.migrate import leaf_keys, migrate
 
-SEEDS = range(150)
+SEEDS = range(100)
 
 
 def outcomes(migration):
