@@ -10,9 +10,10 @@ from quantune.backends.registry import backends_with_option, options_of
 from quantune.cli.console import warn
 from quantune.errors import Problem
 from quantune.recipe.load import load_recipe
-from quantune.recipe.preflight import check_files
+from quantune.recipe.preflight import check_files, file_findings
 from quantune.recipe.resolve import with_absolute_paths
 from quantune.recipe.schema import Recipe
+from quantune.recipe.structure import Finding
 
 
 def open_recipe(
@@ -25,7 +26,13 @@ def open_recipe(
     Raises:
         RecipeError: with every problem there is.
     """
-    loaded = load_recipe(path, options_of=options_of, backends_with=backends_with_option, overrides=overrides)
+
+    def files(recipe: Recipe) -> list[Finding]:
+        return file_findings(with_absolute_paths(recipe, path), data=data)
+
+    loaded = load_recipe(
+        path, options_of=options_of, backends_with=backends_with_option, overrides=overrides, files=files
+    )
     for warning in loaded.warnings:
         warned(warning)
     recipe = with_absolute_paths(loaded.recipe, path)

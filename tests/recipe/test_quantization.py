@@ -239,3 +239,8 @@ def test_config_kwargs_without_a_meaning_are_refused(tmp_path, table, code, wher
     found = problem(tmp_path, table)
     assert (found.code, found.where) == (code, where)
     assert message in found.message
+
+
+def test_a_backend_is_known_whatever_the_case_of_its_letters(tmp_path):
+    found = problem(tmp_path, 'backend = "BNB"')
+    assert found.code == "QT015" and 'did you mean "bnb"?' in f"{found.message} {found.hint}"
