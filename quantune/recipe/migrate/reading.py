@@ -245,7 +245,7 @@ def _unreadable(error: yaml.YAMLError) -> Unreadable:
         tag = problem.rpartition("tag ")[2]
         return Unreadable(f"expected plain values, found {tag}: tags that make objects are not read", position)
     context = getattr(error, "context", None)
-    return Unreadable(f"{context}, {problem}" if context else problem, position)
+    return Unreadable(f"not valid YAML {context}: {problem}" if context else problem, position)
 
 
 def _code_point(error: Any) -> int:
