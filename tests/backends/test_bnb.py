@@ -6,8 +6,9 @@ import torch
 
 from quantune.backends.backend import pack_weight
 from quantune.backends.bnb import BnbOptions
-from quantune.backends.bnb.formats import BnbBackend
+from quantune.backends.bnb.formats import BnbBackend, _write_zeros
 from quantune.errors import QuantizationError
+from quantune.testing.weights import make_weight
 
 BACKEND = BnbBackend()
 SHAPES = [(64, 128), (256, 256), (3, 70), (7, 64), (5, 33)]
@@ -84,6 +85,19 @@ def test_int8_packing_and_dequantizing_equal_bitsandbytes(shape, kind):
 def test_rows_of_zeros_stay_zero():
     packed = pack_weight(BACKEND, torch.zeros(4, 64), BnbOptions(weight_dtype="int8"))
     assert not BACKEND.dequantize(packed, torch.float32).any()
+
+
+@pytest.mark.parametrize("shape", [(4, 64), (3, 35)])
+def test_blocks_of_zeros_that_a_gpu_packs_get_the_code_of_zero(shape):
+    """CUDA's kernel writes the code of -1 there; what puts it right is tried here on codes that are all wrong."""
+    weight = make_weight(shape)
+    weight[1:] = 0
+    packed = pack_weight(BnbBackend(), weight, BnbOptions(double_quant=False))
+    codes = packed.views()["codes"]
+    wrong = codes.clone()
+    wrong[32:] = 0  # all blocks of 64 but the first, which is not all zeros
+    _write_zeros(wrong, weight, 64)
+    assert torch.equal(wrong, codes)
 
 
 def test_packing_the_same_weight_twice_gives_the_same_bytes():

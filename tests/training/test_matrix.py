@@ -58,7 +58,7 @@ def recipe(folder, name, **changes):
         quantization=None if name is None else quantization(**FORMATS[name]),
         adapter=AdapterConfig(r=8),
         data=DataConfig(train=(source,), eval=(attrs.evolve(source, limit=3),)),
-        training=TrainingConfig(max_steps=STEPS, batch_size=4, learning_rate=1e-3),
+        training=TrainingConfig(max_steps=STEPS, batch_size=4, learning_rate=1e-3, precision="fp32"),
         evaluation=EvaluationConfig(exact_match=True, max_new_tokens=3),
         checkpoint=CheckpointConfig(every_steps=STEPS // 2),
         output=OutputConfig(dir=str(folder)),
@@ -238,6 +238,6 @@ def test_compiling_without_a_compiler_is_refused_before_anything_is_read(data, m
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CXX", "nothing")
     made = recipe(data, "mxfp4")
-    compiled = attrs.evolve(made, training=attrs.evolve(made.training, compile=True))
+    compiled = attrs.evolve(made, training=attrs.evolve(made.training, compile=True, device="cpu"))
     with pytest.raises(InputError, match=r"needs a C\+\+ compiler"):
         run(compiled, data / "compiled")

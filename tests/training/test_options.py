@@ -110,6 +110,7 @@ def test_what_only_a_gpu_makes_use_of_is_reported_and_resolved_away_on_a_cpu():
     assert (resolved.tf32, resolved.activation_checkpointing) == (False, True)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU both have an effect")
 def test_a_run_warns_of_what_has_no_effect(tmp_path):
     class Listening(Silent):
         def __init__(self):

@@ -26,6 +26,8 @@ NESTED_BLOCK_SIZE = 256
 """Scales that share one scale under double quantization; fixed in bitsandbytes."""
 INT8_STEP = 1 / 127
 SMALLEST_ABSMAX = 2.0**-120
+ZERO_NF4 = 0x77
+"""Two codes of nf4's zero."""
 
 
 class BnbBackend(Backend):
@@ -60,10 +62,13 @@ class BnbBackend(Backend):
             compress_statistics=options.double_quant,
             quant_type=options.weight_dtype,
         )
+        codes = codes.reshape(-1)
+        if options.weight_dtype == "nf4" and weight.is_cuda:
+            _write_zeros(codes, weight, options.block_size)
         if not options.double_quant:
-            return {"codes": codes.reshape(-1), "absmax": state.absmax}
+            return {"codes": codes, "absmax": state.absmax}
         return {
-            "codes": codes.reshape(-1),
+            "codes": codes,
             "absmax": state.absmax,
             "nested_absmax": state.state2.absmax,
             "nested_offset": state.offset.reshape(1),
@@ -92,6 +97,18 @@ class BnbBackend(Backend):
         return torch.ops.bitsandbytes.dequantize_4bit(
             views["codes"], absmax, options.block_size, options.weight_dtype, packed.layout.shape, dtype
         )
+
+
+def _write_zeros(codes: Tensor, weight: Tensor, block_size: int) -> None:
+    """Give blocks of zeros the code of zero, as packing on the CPU does; `codes` has shape (bytes,), uint8.
+
+    CUDA's kernel divides by the block's scale, 0, and writes the code of -1. Double quantization brings that scale back
+    only nearly, and the zeros would be small negative numbers.
+    """
+    rest = -weight.numel() % block_size
+    blocks = torch.nn.functional.pad(weight.flatten(), (0, rest)).view(-1, block_size)
+    zero = (blocks == 0).all(dim=1)
+    codes.masked_fill_(zero.repeat_interleave(block_size // 2)[: codes.numel()], ZERO_NF4)
 
 
 def _pack_int8(weight: Tensor) -> dict[str, Tensor]:
