@@ -14,10 +14,11 @@ from quantune.recipe.resolve import with_absolute_paths
 from quantune.recipe.schema import Recipe
 
 
-def open_recipe(path: Path, overrides: Sequence[str] = (), *, data: bool = True) -> Recipe:
+def open_recipe(path: Path, overrides: Sequence[str] = (), *, data: bool = True, resume: bool = False) -> Recipe:
     """Load and check a recipe and the files it names; its paths are absolute afterwards.
 
-    Without `data` the data files may be gone: answering needs the base alone.
+    Without `data` the data files may be gone: answering needs the base alone. With `resume` the adapter to start from
+    may be gone: the checkpoint has its weights.
 
     Raises:
         RecipeError: with every problem there is.
@@ -26,5 +27,5 @@ def open_recipe(path: Path, overrides: Sequence[str] = (), *, data: bool = True)
     for warning in loaded.warnings:
         warn(warning)
     recipe = with_absolute_paths(loaded.recipe, path)
-    check_files(loaded, recipe, data=data, format_problem=format_problem)
+    check_files(loaded, recipe, data=data, start=data and not resume, format_problem=format_problem)
     return recipe

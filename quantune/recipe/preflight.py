@@ -37,10 +37,15 @@ FormatCheck = Callable[[Mapping[str, Any], QuantizationConfig | None], FormatPro
 
 
 def check_files(
-    loaded: LoadedRecipe, recipe: Recipe, *, data: bool = True, format_problem: FormatCheck = lambda *_: None
+    loaded: LoadedRecipe,
+    recipe: Recipe,
+    *,
+    data: bool = True,
+    start: bool = True,
+    format_problem: FormatCheck = lambda *_: None,
 ) -> None:
-    """Check the files of `recipe`, which is `loaded.recipe` with absolute paths; with `data` also those that only
-    training reads.
+    """Check the files of `recipe`, which is `loaded.recipe` with absolute paths; with `data` also the samples, with
+    `start` the adapter that training starts from.
 
     `format_problem` says what is wrong with a base that is already quantized, given what its `config.json` says of
     that, and `[quantization]`.
@@ -50,7 +55,7 @@ def check_files(
     """
     findings: list[Finding] = []
     rules = [("model", "base", _base), ("model", "tokenizer", _tokenizer), ("model", "chat_template", _chat_template)]
-    if data:
+    if start:
         rules.append(("adapter", "start_from", _start_from))
     for section, key, rule in rules:
         try:
