@@ -52,7 +52,7 @@ class Place:
     underline: tuple[int, int] | None = None
     """Column and length, in characters, of what is meant; one character at `column` by default."""
     origin: str | None = None
-    """`--set adapter.r=...`, when that set the value."""
+    """The file, or `--set adapter.r=...`."""
     label: str = ""
     """What stands there, e.g. `and this says int8`."""
 
@@ -91,8 +91,10 @@ class Problem:
 class RecipeError(InputError):
     """One or more problems in a recipe, all reported at once."""
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    def __init__(self, problems: Sequence[Problem], warnings: Sequence[Problem] = ()) -> None:
         self.problems = tuple(problems)
+        self.warnings = tuple(warnings)
+        """What is understood beside them and should be written otherwise."""
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
 
@@ -106,6 +108,12 @@ class ModelError(InputError):
 
 class BackendError(InputError):
     """A backend that is unknown, lacks something, or was given options it does not have."""
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(f"{message}; {hint}" if hint else message)
+        self.message = message
+        self.hint = hint
+        """What to do about it, where that is known apart from the message."""
 
 
 class RunFolderError(InputError):

@@ -105,7 +105,7 @@ def named(name: str) -> FoundBackend:
     usable = [backend.name for backend in found.values() if backend.problem is None]
     listing = ", ".join(f'"{one}"' for one in sorted(usable))
     message = f'expected one of the installed backends {listing}, found "{plain(name, 80)}"'
-    raise BackendError(f"{message}{_way_out(name, usable)}")
+    raise BackendError(message, _way_out(name, usable).removeprefix("; ") or None)
 
 
 def describe(name: str) -> BackendDescription:
@@ -346,7 +346,7 @@ def _way_out(name: str, usable: Iterable[str]) -> str:
     owners = [f'"{one}"' for one in BUILT_IN if name in describe(one).weight_dtypes]
     if owners:
         return f'; "{name}" is a weight_dtype of {" and ".join(owners)}'
-    close = difflib.get_close_matches(name, sorted({*usable, *KNOWN_PLUGINS}), n=1)
+    close = difflib.get_close_matches(name.lower(), sorted({*usable, *KNOWN_PLUGINS}), n=1)
     return f'; did you mean "{close[0]}"?' if close else ""
 
 

@@ -41,13 +41,15 @@ def init(
     schema: Annotated[
         bool, typer.Option("--schema", help="Write a JSON Schema beside the recipe, for editors.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that are there already.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a recipe and a schema that are there; data never.")
+    ] = False,
 ) -> None:
     """Write a commented recipe for a model, a backend and a task."""
     description = registry.describe(backend)
     dtype = choose_dtype(description, weight_dtype)
     default_options(description, dtype)  # a backend that needs more keys than these refuses them
-    schema_file = output.with_suffix(".schema.json")
+    schema_file = output.parent / f"{output.stem}.schema.json"
     choice = Choice(
         base=base_in(output, base),
         backend=description.name,
@@ -58,8 +60,10 @@ def init(
         schema=f"./{schema_file.name}" if schema else None,
     )
     files = {output: recipe_text(choice, str(output))}
-    if data is None:
-        files[output.parent / choice.data] = sample_rows(choice.task)
+    rows = None if data else output.parent / choice.data
+    kept = rows is not None and rows.exists()
+    if rows is not None and not kept:
+        files[rows] = sample_rows(choice.task)
     if schema:
         files[schema_file], left_out = installed_schema()
         for reason in left_out:
@@ -67,6 +71,8 @@ def init(
     write_new(files, force=force)
     for path in files:
         err.print(f"wrote {escape(str(path))}")
+    if kept:
+        err.print(f"kept {escape(str(rows))}, which was there; the recipe reads it as {choice.task}")
     probe = registry.probe_of(description)
     if not probe.available:
         warning(f'backend "{description.name}" can\'t run here: {probe.reason}')

@@ -9,10 +9,11 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from quantune.cli.console import err, out, table
+from quantune.cli.console import err, out
 from quantune.cli.problems import render
+from quantune.outputs import write_output
 from quantune.recipe.migrate.files import Migrated, migrate_files, yaml_files
-from quantune.recipe.migrate.report import OUTCOMES, Entry
+from quantune.recipe.migrate.report import Entry
 from quantune.recipe.migrate.writing import shown
 
 COLORS = {"translated": "green", "default": "dim", "dropped": "cyan", "refused": "bold red", "unrecognised": "bold red"}
@@ -35,8 +36,9 @@ def migrate(
 ) -> None:
     """Translate axolotl-style YAML into recipes, and account for every key.
 
-    Every key is translated, says what quantune does anyway, is dropped with a reason, refused, or unrecognised. With a
-    refused or unrecognised one nothing is written, unless --force, and the exit code is 2.
+    Every key is translated, says what quantune does anyway, is dropped with a
+    reason, refused, or unrecognised. With a refused or unrecognised one nothing
+    is written, unless --force, and the exit code is 2.
     """
     done = migrate_files(
         yaml_files(paths),
@@ -50,9 +52,11 @@ def migrate(
         _print_report(one, all_keys=len(done) == 1)
     if len(done) > 1:
         _print_summary(done)
+    if not (check or force) and any(_lacks_keys(one) for one in done):
+        err.print("nothing is written where a key is refused or unrecognised; --force writes the rest and lists these")
     if report is not None:
         document = {"files": [one.as_dict() for one in done]}
-        report.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        write_output(report, json.dumps(document, indent=2) + "\n")
     for one in done:
         if one.written is not None:
             out.print(escape(str(one.written)))
@@ -61,16 +65,17 @@ def migrate(
 
 
 def _print_report(one: Migrated, *, all_keys: bool) -> None:
+    """Every key, those last that a person has to look at."""
     report = one.migration.report
-    for entry in report.entries:
-        loud = entry.outcome in ("refused", "unrecognised") or entry.changed
-        if loud or (all_keys and entry.outcome != "default"):
+    told = [problem.message for problem in report.problems]  # of another tool's YAML each key says the same
+    entries = [entry for entry in report.entries if entry.outcome != "default" and entry.note not in told]
+    for entry in sorted(entries, key=_is_loud):
+        if all_keys or _is_loud(entry):
             _print_entry(report.name, entry)
     for problem in report.problems:
         err.print(render(problem, err.width))
     if all_keys:
-        counts = [f"{count} {outcome}" for outcome, count in report.counts.items() if count]
-        err.print(f"{escape(shown(report.name, 200))}: {', '.join(counts) or 'nothing read'}")
+        err.print(f"{escape(shown(report.name, 200))}: {_counts(one)}")
     if one.problem:
         err.print(f"[bold red]not written:[/] {escape(one.problem)}")
 
@@ -84,11 +89,26 @@ def _print_entry(name: str, entry: Entry) -> None:
     err.print(f"[bold]{escape(place)}[/] [{color}]{what}[/] {escape(shown(entry.key, 100) + shown(to, 200) + note)}")
 
 
+def _is_loud(entry: Entry) -> bool:
+    return entry.outcome in ("refused", "unrecognised") or entry.changed
+
+
+def _lacks_keys(one: Migrated) -> bool:
+    """Whether a recipe is there that lacks what can't be translated."""
+    return one.migration.recipe is not None and not one.migration.report.ok
+
+
+def _counts(one: Migrated) -> str:
+    report = one.migration.report
+    counts = [f"{count} {outcome}" for outcome, count in report.counts.items() if count]
+    if report.problems:
+        counts.append(f"{len(report.problems)} problem{'s' if len(report.problems) != 1 else ''}")
+    return ", ".join(counts) or "nothing read"
+
+
 def _print_summary(done: list[Migrated]) -> None:
-    made = table("file", "kind", *(f">{outcome}" for outcome in OUTCOMES), ">problems", "recipe")
-    for one in done:
-        report = one.migration.report
-        counts = [str(report.counts[outcome]) for outcome in OUTCOMES]
-        written = str(one.written) if one.written is not None else "-"
-        made.add_row(escape(shown(report.name, 200)), report.kind, *counts, str(len(report.problems)), escape(written))
-    err.print(made)
+    """A line for each file."""
+    names = [shown(one.migration.report.name, 200) for one in done]
+    width = max(map(len, names))
+    for one, name in zip(done, names, strict=True):
+        err.print(f"{escape(name.ljust(width))}  {one.migration.report.kind:<12}  {_counts(one)}")

@@ -16,6 +16,7 @@ TAB = 4
 LEAST_WIDTH = 20
 """A line is not cut to less than that, however narrow the terminal."""
 LONGEST_MESSAGE = 4000
+LONGEST_PATH = 120
 
 
 def render(problem: Problem, width: int) -> Text:
@@ -29,7 +30,7 @@ def render(problem: Problem, width: int) -> Text:
     parts = (problem.origin, problem.line, problem.column)
     place = ":".join(str(part) for part in parts if part is not None)
     head = Text.assemble(
-        (_plain(place), "bold"), " ", (_plain(f"[{problem.where}]"), "cyan"), " ", _plain(problem.message)
+        (_plain(place), "bold"), " ", (f"[{plain(problem.where, LONGEST_PATH)}]", "cyan"), " ", _plain(problem.message)
     )
     lines = [head.append("  ").append(problem.code, "dim")]
     lines += _excerpt(problem, "^", "bold red", width)

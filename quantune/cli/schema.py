@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from quantune.backends.schemas import installed_schema
 from quantune.cli.console import err, out, warning
+from quantune.outputs import write_output
 
 
 def schema(
@@ -27,5 +28,5 @@ def schema(
     if output is None:
         out.print(text, markup=False, end="")
         return
-    output.write_text(text, encoding="utf-8")
+    write_output(output, text)
     err.print(f"wrote {escape(str(output))}")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import string
 from collections.abc import Callable, Iterable, Mapping
+from difflib import SequenceMatcher
 from pathlib import PurePath
 from typing import Any
 
 import attrs
 
+from quantune.recipe.positions import Path
 from quantune.recipe.schema import (
     ROLES,
     AdapterConfig,
@@ -24,7 +27,7 @@ from quantune.recipe.schema import (
     TrainingConfig,
 )
 from quantune.recipe.slices import parse_split
-from quantune.recipe.structure import Finding
+from quantune.recipe.structure import Finding, quoted
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
 KEYS_OF = {
@@ -56,15 +59,17 @@ def check_sections(sections: Mapping[str, Any]) -> list[Finding]:
 def _training(training: TrainingConfig) -> Iterable[Finding]:
     if training.max_steps is not None and training.epochs is not None:
         message = "epochs and max_steps both set the length of the run"
-        yield Finding(code="QT020", path=("training", "epochs"), message=message, hint="remove one of them")
+        yield _one_of(("training", "epochs"), ("training", "max_steps"), message)
     if training.warmup_steps is not None and training.warmup_ratio is not None:
         message = "warmup_ratio and warmup_steps both set the warm-up"
-        yield Finding(code="QT020", path=("training", "warmup_ratio"), message=message, hint="remove one of them")
+        yield _one_of(("training", "warmup_ratio"), ("training", "warmup_steps"), message)
     if training.warmup_steps and training.max_steps and training.warmup_steps >= training.max_steps:
         yield Finding(
             code="QT020",
             path=("training", "warmup_steps"),
             message=f"a warm-up of {training.warmup_steps} steps does not end within max_steps = {training.max_steps}",
+            hint="use fewer warmup_steps, or warmup_ratio, a fraction of all steps",
+            other=("training", "max_steps"),
         )
     if isinstance(training.micro_batch_size, int) and training.batch_size % training.micro_batch_size:
         yield Finding(
@@ -73,7 +78,13 @@ def _training(training: TrainingConfig) -> Iterable[Finding]:
             message=f"micro_batch_size = {training.micro_batch_size} does not divide batch_size = "
             f"{training.batch_size}",
             hint=_divisors_in_words(training.batch_size),
+            other=("training", "batch_size"),
         )
+
+
+def _one_of(path: Path, other: Path, message: str) -> Finding:
+    """Two keys that say the same."""
+    return Finding(code="QT020", path=path, message=message, hint="remove one of them", other=other)
 
 
 def _divisors_in_words(number: int, shown: int = 12) -> str:
@@ -104,16 +115,18 @@ def _evaluation(evaluation: EvaluationConfig, data: DataConfig) -> Iterable[Find
 def _sources(data: DataConfig) -> Iterable[Finding]:
     for part in ("train", "eval"):
         for index, source in enumerate(getattr(data, part)):
+            at = ("data", part, index)
+            if source.path is not None and source.dataset is not None:
+                message = "path and dataset both say where the rows come from"
+                yield _one_of((*at, "dataset"), (*at, "path"), message)
             for key, code, message, hint in _source(source):
-                yield Finding(code=code, path=("data", part, index, key), message=message, hint=hint)
+                yield Finding(code=code, path=(*at, key), message=message, hint=hint)
 
 
 def _source(source: SourceConfig) -> Iterable[SourceFinding]:
     unset = SourceConfig(format=source.format)
     if source.path is None and source.dataset is None:
         yield "path", "QT022", "a source needs a path (a file) or a dataset (of the hub)", None
-    if source.path is not None and source.dataset is not None:
-        yield "dataset", "QT020", "path and dataset both say where the rows come from", "remove one of them"
     if source.path is not None and source.dataset is None:
         for key in ("name", "revision", "data_files"):
             if getattr(source, key) != getattr(unset, key):
@@ -199,7 +212,7 @@ def _loss_on(source: SourceConfig) -> Iterable[SourceFinding]:
 def _data(data: DataConfig) -> Iterable[Finding]:
     if data.eval_size is not None and data.eval:
         message = "eval_size and [[data.eval]] both say what is evaluated on"
-        yield Finding(code="QT020", path=("data", "eval_size"), message=message, hint="remove one of them")
+        yield _one_of(("data", "eval_size"), ("data", "eval"), message)
     if data.overlong == "split" and not any(source.format == "completion" for source in (*data.train, *data.eval)):
         message = 'overlong = "split" splits completion text, and no source has any'
         hint = 'use "drop", which is what happens to other samples that are too long'
@@ -239,11 +252,32 @@ def _adapter(adapter: AdapterConfig) -> Iterable[Finding]:
         yield Finding(code="QT021", path=("adapter", "loftq_iterations"), message=message)
 
 
+ALL_LINEAR = "all-linear"
+_REGEX = re.compile(r"[\\^$*+?{}\[\]()|]")
+
+
+def _targets(adapter: AdapterConfig) -> Iterable[Finding]:
+    """A text of targets that is no regular expression, or is one by mistake."""
+    text, path = adapter.targets, ("adapter", "targets")
+    if not isinstance(text, str) or text == ALL_LINEAR:
+        return
+    try:
+        re.compile(text)
+    except (re.error, RecursionError, OverflowError) as error:
+        message = f"expected a regular expression, found {quoted(text)}: {error}"
+        hint = 'or name layers in a list, e.g. ["q_proj", "v_proj"]'
+        yield Finding(code="QT014", path=path, message=message, hint=hint)
+        return
+    if not _REGEX.search(text) and SequenceMatcher(None, text.lower(), ALL_LINEAR).ratio() >= 0.8:
+        message = f"expected {quoted(ALL_LINEAR)}, names in a list or a regular expression, found {quoted(text)}"
+        yield Finding(code="QT014", path=path, message=message, hint=f"did you mean {quoted(ALL_LINEAR)}?")
+
+
 def _periods(evaluation: EvaluationConfig, checkpoint: CheckpointConfig) -> Iterable[Finding]:
     for section, config in (("evaluation", evaluation), ("checkpoint", checkpoint)):
         if config.every_steps is not None and config.per_epoch is not None:
             message = "per_epoch and every_steps both say how often"
-            yield Finding(code="QT020", path=(section, "per_epoch"), message=message, hint="remove one of them")
+            yield _one_of((section, "per_epoch"), (section, "every_steps"), message)
 
 
 GPU_ATTENTION = ("flash_attention_2", "flash_attention_3", "flex_attention")
@@ -270,7 +304,8 @@ def _on_a_cpu(training: TrainingConfig, model: ModelConfig) -> Iterable[Finding]
     for path, chosen, text in gpu_only:
         if chosen:
             message = f'{text} is for a GPU, and [training] device = "cpu" trains on none'
-            yield Finding(code="QT021", path=path, message=message, hint="remove one of them")
+            hint, other = "remove one of them", ("training", "device")
+            yield Finding(code="QT021", path=path, message=message, hint=hint, other=other)
 
 
 FIXED_CONFIG = {
@@ -310,6 +345,7 @@ def _adapter_parts(adapter: AdapterConfig) -> Iterable[Finding]:
                 path=("adapter", "use_dora"),
                 message="use_dora trains the magnitudes of linear layers' rows, which target_parameters don't have",
                 hint="leave out one of them",
+                other=("adapter", "target_parameters"),
             )
         if adapter.init not in ("default", "gaussian"):
             yield Finding(
@@ -318,14 +354,11 @@ def _adapter_parts(adapter: AdapterConfig) -> Iterable[Finding]:
                 message=f'init = "{adapter.init}" begins with a share of linear layers\' weights, which '
                 "target_parameters can't",
                 hint='use init = "default" or leave target_parameters out',
+                other=("adapter", "target_parameters"),
             )
     if adapter.start_from is not None and adapter.init != "default":
-        yield Finding(
-            code="QT020",
-            path=("adapter", "init"),
-            message=f'init = "{adapter.init}" and start_from both say how the adapter begins',
-            hint="remove one of them",
-        )
+        message = f'init = "{adapter.init}" and start_from both say how the adapter begins'
+        yield _one_of(("adapter", "init"), ("adapter", "start_from"), message)
     if adapter.targets == () and not adapter.target_parameters:
         yield Finding(
             code="QT022",
@@ -341,6 +374,7 @@ def _adapter_parts(adapter: AdapterConfig) -> Iterable[Finding]:
                 path=("adapter", "modules_to_save"),
                 message=f'"{name}" is trained in full by modules_to_save and adapted by targets',
                 hint="name it in one of them",
+                other=("adapter", "targets"),
             )
 
 
@@ -421,6 +455,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
     (("data",), _data),
     (("model",), _model),
     (("adapter",), _adapter),
+    (("adapter",), _targets),
     (("adapter",), _adapter_parts),
     (("adapter", "quantization"), _loftq),
     (("evaluation", "checkpoint"), _periods),

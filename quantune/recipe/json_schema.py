@@ -4,7 +4,7 @@ Draft 7 and its plainest constructs, which is what TOML editors (taplo and those
 each table what may stand in it. Beyond it, and left to `quantune check`, are:
 
 - contradictions between keys, what a backend's `problems()` says of its options, and the files a recipe names;
-- what older spellings say together, which of their values mean something, and those that stand inside a table;
+- what older spellings say together and beside `[quantization]`, and which of their values mean something;
 - what JSON can't tell apart: `16.0` is a whole number there, `nan` is in every range, numbers have no 64 bits.
 """
 
@@ -16,12 +16,17 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import attrs
 
+from quantune.recipe.legacy.arguments import UNDERSTOOD
+from quantune.recipe.legacy.claims import BACKENDS
+from quantune.recipe.legacy.foreign import FOREIGN
+from quantune.recipe.legacy.reading import CONFIG_CLASSES, KEYS, SECTIONS, TABLE, TABLE_KWARGS
 from quantune.recipe.reference import field_docs_if_any
 from quantune.recipe.schema import QuantizationConfig, Recipe, SourceConfig
 from quantune.recipe.structure import is_union
 
 Schema = dict[str, Any]
 
+_FALSE = r"^\s*[Ff][Aa][Ll][Ss][Ee]\s*$"
 _FLAG = r"^\s*([Tt][Rr][Uu][Ee]|[Ff][Aa][Ll][Ss][Ee])\s*$"
 """`true` and `false` as strings, in any case."""
 _AND: type = type(attrs.validators.and_())
@@ -47,13 +52,22 @@ def recipe_schema(backends: Mapping[str, Schema]) -> Schema:
         "description": properties["quantization"]["description"],
         "type": "object",
         "properties": _keys_of_any(backends),
-        "required": ["backend"],
-        **_chosen(list(backends)),
     }
     for name in ("train", "eval"):
         properties["data"]["properties"][name]["items"] = {"$ref": "#/definitions/source"}
-    _add_older_spellings(properties, schema["definitions"])
+    older = _older_spellings(properties["quantization"]["properties"], list(backends))
+    schema["definitions"].update({f"older.{key}": spelling for key, spelling in older.items()})
+    _accept_older_spellings(properties, schema["definitions"])
+    # what is required and what a backend has is decided by all spellings together: the parser's business
+    any_key: Schema = {key: {} for key in properties["quantization"]["properties"]}
+    schema["if"] = _has_older_spellings()
+    schema["then"] = _quantization_is({"properties": any_key, "additionalProperties": False})
+    schema["else"] = _quantization_is({"required": ["backend"], **_chosen(list(backends))})
     return schema
+
+
+def _quantization_is(schema: Schema) -> Schema:
+    return {"properties": {"quantization": schema}}
 
 
 def backend_schema(name: str, options: type) -> Schema:
@@ -186,38 +200,88 @@ def _and(schema: Schema, keywords: Mapping[str, Any]) -> Schema:
 # Older spellings, which `quantune.recipe.legacy` rewrites -------------------------------------------------------------
 
 
-def _add_older_spellings(properties: Schema, definitions: Schema) -> None:
-    """Accept what is understood and should be written otherwise, marked as deprecated."""
+def _older_spellings(keys: Schema, backends: list[str]) -> dict[str, Schema]:
+    """Each key of older tools that is understood, marked as deprecated; `keys` are those of any backend."""
+    flat = {"backend": {"type": "string"}, "config_kwargs": _arguments(*CONFIG_CLASSES.values())}
+    flat = {**{key: {} for key in keys}, **flat}
+    nested = {name: {"type": "object", "properties": flat, "additionalProperties": False} for name in backends}
+    table: Schema = {"type": "object", "additionalProperties": False}
+    config = {
+        "type": ["string", "object"],
+        "if": {"type": "string"},
+        "then": {"enum": list(CONFIG_CLASSES)},
+        "properties": {**flat, **nested},
+        "additionalProperties": False,
+    }
     nf4 = '[quantization] backend = "bnb", weight_dtype = "nf4"'
-    flag = {"anyOf": [{"type": "boolean"}, {"type": "string", "pattern": _FLAG}]}
-    table = {"type": "object"}
+    options = "the options of the backend under [quantization]"
+    spellings: dict[str, tuple[Schema, str]] = {
+        TABLE: (config, "[quantization] backend = ..."),
+        TABLE_KWARGS: (_arguments(*CONFIG_CLASSES.values()), options),
+        "peft": ({**table, "properties": flat, "required": ["backend"]}, "[quantization] backend = ..."),
+        "bnb_config_kwargs": (_arguments("bnb"), options),
+        "load_in_4bit": (_flag(), nf4),
+        "load_in_8bit": (_flag(), nf4.replace("nf4", "int8")),
+        "quantize_moe_experts": (_flag(), "[quantization] experts = true"),
+    }
+    return {key: {**spellings[key][0], **_deprecated(f"write {spellings[key][1]}")} for key in KEYS}
+
+
+def _accept_older_spellings(properties: Schema, definitions: Schema) -> None:
+    """Take older spellings wherever they are understood: at the head of a recipe and in some of its tables."""
+    older = {key: {"$ref": f"#/definitions/older.{key}"} for key in KEYS}
+    places = [properties, *(properties[section]["properties"] for section in SECTIONS)]
+    for name in BACKENDS:
+        branch = definitions.get(f"quantization.{name}")
+        if branch is not None:
+            places.append(branch["properties"])
+    for place in places:
+        place.update({key: {} if key in place else spelling for key, spelling in older.items()})
+    now = "write the options of the backend, and modules_to_not_convert as skip"
+    for name in CONFIG_CLASSES.values():
+        if f"quantization.{name}" in definitions:
+            kwargs = {**_arguments(name), **_deprecated(now)}
+            definitions[f"quantization.{name}"]["properties"]["config_kwargs"] = kwargs
+            properties["quantization"]["properties"]["config_kwargs"] = {}
+    for key in FOREIGN:
+        if key not in properties:
+            properties[key] = {**_off(), **_deprecated("leave it out: switched off it says nothing")}
     kind = properties["adapter"]["properties"]["type"]
     kind["enum"] = [*kind["enum"], "qlora"]
-    kind.update({"if": {"enum": ["qlora"]}, "then": _deprecated(f'[adapter] type = "lora" and {nf4}')})
+    nf4 = '[quantization] backend = "bnb", weight_dtype = "nf4"'
+    kind.update({"if": {"enum": ["qlora"]}, "then": _deprecated(f'write [adapter] type = "lora" and {nf4}')})
     properties["adapter"].update(
         {
             "type": ["object", "string"],
             "pattern": "^(lora|qlora)$",
             "if": {"type": "string"},
-            "then": _deprecated(f"[adapter], and for qlora {nf4}"),
+            "then": _deprecated(f"write [adapter], and for qlora {nf4}"),
         }
     )
-    config = {"anyOf": [{"type": "string", "enum": ["Mxfp4Config", "FineGrainedFP8Config"]}, table]}
-    for key, schema, now in (
-        ("load_in_4bit", flag, nf4),
-        ("load_in_8bit", flag, nf4.replace("nf4", "int8")),
-        ("model_quantization_config", config, "[quantization] backend = ..."),
-        ("model_quantization_config_kwargs", table, "the options of the backend under [quantization]"),
-        ("peft", table, "[quantization] backend = ..., weight_dtype = ..."),
-        ("bnb_config_kwargs", table, "the options of the backend under [quantization]"),
-        ("quantize_moe_experts", flag, "[quantization] experts = true"),
-    ):
-        properties[key] = {**schema, **_deprecated(now)}
-    now = "the options of the backend, and modules_to_not_convert as skip"
-    for name in ("mxfp4", "fp8"):
-        if f"quantization.{name}" in definitions:
-            definitions[f"quantization.{name}"]["properties"]["config_kwargs"] = {**table, **_deprecated(now)}
+
+
+def _has_older_spellings() -> Schema:
+    """Whether an older key stands anywhere, or the adapter is `qlora`."""
+    has_one: Schema = {"type": "object", "anyOf": [{"required": [key]} for key in KEYS]}
+    qlora: Schema = {"type": "object", "properties": {"type": {"enum": ["qlora"]}}, "required": ["type"]}
+    held = [(section, has_one) for section in SECTIONS] + [("adapter", {"enum": ["qlora"]}), ("adapter", qlora)]
+    return {"anyOf": [has_one, *({"properties": {name: what}, "required": [name]} for name, what in held)]}
+
+
+def _arguments(*backends: str) -> Schema:
+    """The arguments of transformers' config classes for these backends."""
+    keys: Schema = {key: {} for backend in backends for key in UNDERSTOOD[backend]}
+    return {"type": "object", "properties": keys, "additionalProperties": False}
+
+
+def _flag() -> Schema:
+    return {"anyOf": [{"type": "boolean"}, {"type": "string", "pattern": _FLAG}]}
+
+
+def _off() -> Schema:
+    false = {"type": "string", "pattern": _FALSE}
+    return {"anyOf": [{"type": "boolean", "enum": [False]}, {"type": "object", "maxProperties": 0}, false]}
 
 
 def _deprecated(now: str) -> Schema:
-    return {"deprecated": True, "description": f"DEPRECATED: write {now}"}
+    return {"deprecated": True, "description": f"DEPRECATED: {now}"}

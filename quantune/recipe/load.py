@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
@@ -13,11 +13,22 @@ import tomli
 from quantune.errors import BackendError, Place, Problem, RecipeError
 from quantune.recipe import conflicts, legacy, positions
 from quantune.recipe.overrides import apply_override, parse_path
-from quantune.recipe.schema import QuantizationConfig, Recipe
+from quantune.recipe.schema import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    QuantizationConfig,
+    Recipe,
+    SourceConfig,
+)
 from quantune.recipe.structure import Finding, structure
 from quantune.recipe.syntax import toml_problem
+from quantune.recipe.unknown import explain_optimizer, explain_unknown
 
 OptionsOf = Callable[[str], type]
+FileCheck = Callable[[Recipe], Iterable[Finding]]
+UNDERSTOOD = ("QT012", "QT013", "QT014", "QT015")
+"""Codes that say of a key or value that it is none; what it contradicts is then unknown."""
 OF_VALUES = ("QT013", "QT014", "QT015", "QT030")
 """Codes that say what is wrong with a value; of other codes the key is what they are about."""
 
@@ -26,6 +37,10 @@ class BackendsWith(Protocol):
     """Says which backends have an option called `key`, and, where given, the weight dtype `value`."""
 
     def __call__(self, key: str, value: str | None = None) -> Sequence[str]: ...
+
+
+def _no_files(recipe: Recipe) -> Iterable[Finding]:
+    return ()
 
 
 def _no_backends(key: str, value: str | None = None) -> Sequence[str]:
@@ -55,7 +70,7 @@ class LoadedRecipe:
 
     def error(self, findings: Iterable[Finding]) -> RecipeError:
         """The findings as one error with positions."""
-        return _error(self.rewritten.placed(findings), self.text, self.path, self.origins)
+        return RecipeError(_located(self.rewritten.placed(findings), self.text, self.path, self.origins))
 
 
 def load_recipe(
@@ -64,6 +79,7 @@ def load_recipe(
     options_of: OptionsOf,
     backends_with: BackendsWith = _no_backends,
     overrides: Sequence[str] = (),
+    files: FileCheck = _no_files,
 ) -> LoadedRecipe:
     """Read and check a recipe.
 
@@ -72,6 +88,8 @@ def load_recipe(
         options_of: the attrs class of a backend's options; raises BackendError for a backend that can't be used.
         backends_with: which backends have an option, for whoever writes one that belongs to another backend.
         overrides: `section.key=value`, the values in TOML; what isn't TOML is a string.
+        files: what is wrong with the files of a recipe, asked where something else is wrong, of the sections that are
+            sound; the others are then harmless ones.
 
     Raises:
         RecipeError: with every problem there is, sorted by position.
@@ -91,12 +109,37 @@ def load_recipe(
         findings += apply_override(document, override, origins)
     rewritten = legacy.rewrite(document)
     recipe, found = structure_recipe(rewritten.document, options_of, backends_with)
-    found += conflicts.check_sections(sound_sections(rewritten.document, [*rewritten.findings, *found]))
-    findings += [*rewritten.findings, *rewritten.placed(found)]
+    found = [explain_optimizer(explain_unknown(one, rewritten.document), rewritten.document) for one in found]
+    sections = sound_sections(rewritten.document, [*rewritten.findings, *found])
+    found += conflicts.check_sections(sections)
+    findings += [*_contradictions(rewritten.findings, rewritten.placed(found)), *rewritten.placed(found)]
+    warnings = tuple(_located(rewritten.warnings, text, path, origins))
     if findings or recipe is None:
-        raise _error(findings, text, path, origins)
-    warnings = _sorted(_locate(warning, text, path, origins) for warning in rewritten.warnings)
+        known = {finding.path for finding in findings}
+        looked_at = rewritten.placed(_files_of(sections, files))
+        findings += [finding for finding in looked_at if finding.path not in known]
+        raise RecipeError(_located(findings, text, path, origins), warnings)
     return LoadedRecipe(recipe=recipe, path=path, text=text, origins=origins, rewritten=rewritten, warnings=warnings)
+
+
+def _files_of(sections: Mapping[str, Any], files: FileCheck) -> list[Finding]:
+    """What is wrong with the files that sound sections name."""
+    stand_ins = {
+        "model": ModelConfig(base="builtin:mini"),
+        "adapter": AdapterConfig(),
+        "data": DataConfig(train=(SourceConfig(dataset="none", format="chat"),)),
+    }
+    return list(files(Recipe(**{**stand_ins, **sections})))
+
+
+def _contradictions(contradictions: Iterable[Finding], found: Sequence[Finding]) -> list[Finding]:
+    """The findings about older spellings, without contradictions of what is a mistake by itself."""
+    wrong = {finding.path for finding in found if finding.code in UNDERSTOOD}
+
+    def is_known(path: positions.Path | None) -> bool:
+        return path is None or (path not in wrong and (*path[:-1], "backend") not in wrong)
+
+    return [finding for finding in contradictions if is_known(finding.path) and is_known(finding.other)]
 
 
 def structure_recipe(
@@ -128,10 +171,11 @@ def structure_recipe(
 def sound_sections(document: dict[str, Any], findings: Sequence[Finding]) -> dict[str, Any]:
     """The sections nothing was found in, so that a mistake in one hides no contradiction in the others."""
     unsound = {"quantization", *(finding.path[0] for finding in findings)}
+    unsound |= {finding.meant for finding in findings if finding.meant is not None and len(finding.path) == 1}
     sections = {}
     for name, cls in get_type_hints(Recipe).items():
-        if name not in unsound:
-            sections[name], _ = structure(cls, document.get(name, {}))
+        if name not in unsound and (section := structure(cls, document.get(name, {}))[0]) is not None:
+            sections[name] = section
     if "quantization" not in document:
         sections["quantization"] = None
     return sections
@@ -157,18 +201,41 @@ def _structure_options(
     try:
         cls = options_of(backend)
     except BackendError as error:
-        return None, [Finding(code="QT015", path=("quantization", "backend"), message=str(error))]
+        return None, [Finding(code="QT015", path=("quantization", "backend"), message=error.message, hint=error.hint)]
     given = {key: value for key, value in table.items() if key not in own}
     options, findings = structure(cls, given, prefix=("quantization",), of=f' for backend "{backend}"', more=own)
     if options is None or findings:
-        return None, [_explain(finding, backend, cls, given, backends_with) for finding in findings]
-    if hasattr(options, "problems"):
-        findings = [
-            Finding(code="QT016", path=("quantization", key), message=message) for key, message in options.problems()
-        ]
+        explained = [_explain(finding, backend, cls, given, backends_with) for finding in findings]
+        return None, [*explained, *_problems_of_the_rest(cls, given, findings)]
+    findings = _problems(options)
     if hasattr(options, "resolved") and not findings:
         options = options.resolved()
     return options, findings
+
+
+def _problems(options: Any) -> list[Finding]:
+    """What a backend says of its options together."""
+    said = options.problems() if hasattr(options, "problems") else ()
+    return [
+        Finding(
+            code="QT016",
+            path=("quantization", key),
+            message=message,
+            of_value=not message.startswith(f"{key} "),  # the key is the subject where it has no meaning
+        )
+        for key, message in said
+    ]
+
+
+def _problems_of_the_rest(cls: type, given: dict[str, Any], findings: Sequence[Finding]) -> list[Finding]:
+    """What the backend says of the options beside unknown ones, the misspelt among these read as what they mean."""
+    if any(finding.code != "QT012" for finding in findings):
+        return []
+    meant = {str(finding.path[-1]): finding.meant for finding in findings}
+    rest = {key: value for key, value in given.items() if key not in meant}
+    read = {name: given[key] for key, name in meant.items() if name is not None and name not in given}
+    options, wrong = structure(cls, {**read, **rest}, prefix=("quantization",))
+    return [] if options is None or wrong else [one for one in _problems(options) if one.path[-1] not in read]
 
 
 def _explain(finding: Finding, backend: str, cls: type, given: dict[str, Any], backends_with: BackendsWith) -> Finding:
@@ -205,27 +272,27 @@ def _read(path: Path) -> str:
         raise problem(f"can't be read: {error.strerror}") from None
 
 
-def _error(findings: Iterable[Finding], text: str, path: Path, origins: dict[positions.Path, str]) -> RecipeError:
-    return RecipeError(_sorted(_locate(finding, text, path, origins) for finding in findings))
-
-
-def _sorted(problems: Iterable[Problem]) -> tuple[Problem, ...]:
-    """In the order of the file; what is not in it comes first."""
-    return tuple(sorted(problems, key=lambda problem: (problem.line or 0, problem.column or 0, problem.where)))
+def _located(findings: Iterable[Finding], text: str, path: Path, origins: dict[positions.Path, str]) -> list[Problem]:
+    """The findings with their positions, in the order of these; what is not in the file comes first."""
+    problems = [_locate(finding, text, path, origins) for finding in findings]
+    return sorted(problems, key=lambda problem: (problem.line or 0, problem.column or 0, problem.where))
 
 
 def _locate(finding: Finding, text: str, path: Path, origins: dict[positions.Path, str]) -> Problem:
-    other = None if finding.other is None else _place(finding.other, text, origins)
+    other = None if finding.other is None else _place(finding.other, text, origins, itself=True)
     known: dict[str, Any] = {
         "code": finding.code,
         "where": finding.where,
         "message": finding.message,
         "hint": finding.hint,
-        "related": () if other is None else (attrs.evolve(other, label=finding.other_label),),
+        "related": ()
+        if other is None
+        else (attrs.evolve(other, origin=other.origin or str(path), label=finding.other_label),),
     }
     if finding.origin is not None:
         return Problem(**known, origin=finding.origin)
-    place = _place(finding.path, text, origins, value=finding.code in OF_VALUES)
+    of_value = finding.code in OF_VALUES if finding.of_value is None else finding.of_value
+    place = _place(finding.path, text, origins, value=of_value)
     if place is None:
         # a section that only an override made, or nothing that anything set
         made = (origin for set_path, origin in origins.items() if set_path[: len(finding.path)] == finding.path)
@@ -240,19 +307,23 @@ def _locate(finding: Finding, text: str, path: Path, origins: dict[positions.Pat
     )
 
 
-def _place(path: positions.Path, text: str, origins: dict[positions.Path, str], *, value: bool = False) -> Place | None:
-    """Where a key stands, or what set it; one that is missing is looked for at its table.
+def _place(
+    path: positions.Path, text: str, origins: dict[positions.Path, str], *, value: bool = False, itself: bool = False
+) -> Place | None:
+    """Where a key stands, or what set it; one that is missing is looked for at its table, unless `itself` is asked for.
 
     With `value`, its value is underlined in place of the key.
     """
     for length in range(len(path), 0, -1):  # an override sets everything inside its value
         if path[:length] in origins:
             return Place(origin=origins[path[:length]])
-    for length in range(len(path), 0, -1):
+    for length in (len(path),) if itself else range(len(path), 0, -1):
         key = positions.key_span(text, path[:length])
         if key is None:
             continue
-        meant = (positions.value_span(text, path) if value else None) or key
         line = positions.lines_of(text)[key.line - 1]
+        meant = (positions.value_span(text, path) if value else None) or key
+        if line[meant.column - 1 :].startswith("{"):  # a table is at its key, with a header or inline
+            meant = key
         return Place(line=key.line, column=key.column, source_line=line, underline=(meant.column, meant.length))
     return None

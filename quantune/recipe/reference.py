@@ -27,7 +27,8 @@ INTRODUCTION = """\
 A recipe is a TOML file. Every key is below; an unknown one is an error. Paths of what is read are relative to the
 recipe's folder, the run folder is relative to the current directory. `--set section.key=value` overrides a key on the
 command line, the value written as in TOML (`--set training.max_steps=50`, `--set 'adapter.targets=["q_proj"]'`,
-`--set data.train[0].limit=100`).
+`--set data.train[0].limit=100`). Of two keys that are given in place of each other (`epochs` and `max_steps`,
+`warmup_ratio` and `warmup_steps`, `every_steps` and `per_epoch`), the one on the command line replaces the other.
 
 All problems of a recipe are reported at once, each with its place, what was expected and found, and a stable code; the
 exit code is then 2:

@@ -16,6 +16,7 @@ import attrs
 import tomlkit
 
 from quantune.errors import DataError, InputError, ModelError
+from quantune.outputs import write_output
 from quantune.recipe.conflicts import FILE_TYPES
 from quantune.recipe.preflight import base_problem, is_local
 from quantune.recipe.reference import field_docs_if_any, literal_values
@@ -143,16 +144,18 @@ def write_new(files: Mapping[Path, str], *, force: bool) -> None:
     """Write text files and the folders they are in; those that are there already only with `force`.
 
     Raises:
-        InputError: a file is there already; then none is written.
+        InputError: a file is there already, or what is there is a folder; then none is written.
     """
+    for path in files:
+        if path.is_dir():
+            raise InputError(f"expected a file to write, found the folder {path}")
     there = [str(path) for path in files if path.exists()]
     if there and not force:
         raise InputError(
             f"{' and '.join(there)} already exist{'s' * (len(there) == 1)}; --force replaces what is there"
         )
     for path, text in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_output(path, text, parents=True)
 
 
 @attrs.frozen

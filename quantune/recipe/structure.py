@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import attrs
@@ -34,10 +35,14 @@ class Finding:
     hint: str | None = None
     origin: str | None = None
     """What set the value, when that was not the file."""
+    of_value: bool | None = None
+    """Whether the value is what is wrong rather than the key, where the code does not say so."""
     other: Path | None = None
     """Another key that it is about, e.g. the one it contradicts."""
     other_label: str = ""
     """What that one says, e.g. `and this says int8`."""
+    meant: str | None = None
+    """The key that an unknown one beside it probably is."""
 
     @property
     def where(self) -> str:
@@ -51,7 +56,8 @@ class Finding:
 class WrongType(ValueError):
     """A value is not of the type a field has."""
 
-    def __init__(self, message: str, hint: str | None = None) -> None:
+    def __init__(self, message: str, hint: str | Callable[[Path], str | None] | None = None) -> None:
+        """The hint may depend on where the value stands."""
         super().__init__(message)
         self.hint = hint
 
@@ -66,9 +72,20 @@ def structure(
     try:
         return _CONVERTER.structure(value, cls), []
     except BaseValidationError as error:
-        return None, list(_findings(error, prefix, cls, of, more))
+        return None, _without_misspelt(_findings(error, prefix, cls, of, more))
     except (ValueError, TypeError) as error:
-        return None, [Finding(code="QT013", path=prefix, message=str(error), hint=getattr(error, "hint", None))]
+        return None, [Finding(code="QT013", path=prefix, message=str(error), hint=_hint_of(error, prefix))]
+
+
+def _without_misspelt(findings: list[Finding]) -> list[Finding]:
+    """The findings without that a key is missing which stands there under a name like it."""
+    meant = {(*finding.path[:-1], finding.meant) for finding in findings if finding.meant is not None}
+    return [finding for finding in findings if finding.code != "QT010" or finding.path not in meant]
+
+
+def _hint_of(error: BaseException, path: Path) -> str | None:
+    hint = getattr(error, "hint", None)
+    return hint(path) if callable(hint) else hint
 
 
 def _findings(error: BaseException, path: Path, cls: type | None, of: str, more: Sequence[str]) -> list[Finding]:
@@ -88,7 +105,7 @@ def _findings(error: BaseException, path: Path, cls: type | None, of: str, more:
             findings += _findings(member, (*path, *_step(member)), cls, of, more)
         return findings
     code = "QT013" if isinstance(error, WrongType) else "QT014"
-    return [Finding(code=code, path=path, message=str(error), hint=getattr(error, "hint", None))]
+    return [Finding(code=code, path=path, message=str(error), hint=_hint_of(error, path))]
 
 
 def _step(error: BaseException) -> Path:
@@ -105,11 +122,19 @@ def _step(error: BaseException) -> Path:
 
 def _unknown(key: str, path: Path, cls: type, of: str, more: Sequence[str]) -> Finding:
     known = [field.name for field in attrs.fields(cls) if field.name != "options"] + list(more)
-    close = difflib.get_close_matches(str(key), known, n=1)  # YAML has keys of other types
+    name = str(key)  # YAML has keys of other types
+    meant = closest(name, known)
     code, noun = ("QT012", "key") if path else ("QT011", "section")
     listing = ", ".join(sorted(known))
-    hint = f'did you mean "{close[0]}"?' if close else f"there are: {listing}"
-    return Finding(code=code, path=(*path, key), message=f"unknown {noun} {_quoted(str(key))}{of}", hint=hint)
+    hint = f'did you mean "{meant}"?' if meant else f"there are: {listing}"
+    return Finding(code=code, path=(*path, key), message=f"unknown {noun} {quoted(name)}{of}", hint=hint, meant=meant)
+
+
+def closest(text: str, names: Sequence[str]) -> str | None:
+    """The name that a misspelt one probably is, whatever its letters' case; None when none is like it."""
+    folded = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(text.lower(), folded, n=1)
+    return folded[close[0]] if close else None
 
 
 def _dotted(path: Path) -> str:
@@ -123,11 +148,11 @@ def describe(value: Any) -> str:
     if isinstance(value, bool):
         return f"{str(value).lower()} ({kind})"
     if isinstance(value, str):
-        return f"{_quoted(value)} ({kind})"
+        return f"{quoted(value)} ({kind})"
     return kind if isinstance(value, dict | list) else f"{value} ({kind})"
 
 
-def _quoted(text: str, longest: int = 80) -> str:
+def quoted(text: str, longest: int = 80) -> str:
     """The text in quotes, on one line and without control characters."""
     return json.dumps(text if len(text) <= longest else f"{text[:longest]}...", ensure_ascii=False)
 
@@ -146,13 +171,39 @@ def _float(value: float) -> float:
         raise ValueError("is too large for a number") from None
 
 
+def _text(value: str) -> str:
+    """No name of a file or module holds NUL, and functions that take one fail at it."""
+    if "\0" in value:
+        raise ValueError("must not hold the character NUL")
+    return value
+
+
 def _scalar(accepted: tuple[type, ...], name: str, convert: Any = None) -> Any:
     def hook(value: Any, _: Any) -> Any:
         if (isinstance(value, bool) and bool not in accepted) or not isinstance(value, accepted):
-            raise WrongType(f"expected {name}, found {describe(value)}")
+            raise WrongType(f"expected {name}, found {describe(value)}", _without_quotes(value, accepted))
         return convert(value) if convert else value
 
     return hook
+
+
+def _without_quotes(value: Any, accepted: Sequence[Any]) -> str | None:
+    """What to write in place of a text that says a number or a boolean where one is expected."""
+    if not isinstance(value, str):
+        return None
+    word = value.strip().lower()
+    if bool in accepted and word in (*_YES, *_NO):
+        return f"write {str(word in _YES).lower()}, without quotes"
+    try:
+        number = float(word)
+    except ValueError:
+        return None
+    if (float in accepted or (int in accepted and number.is_integer())) and math.isfinite(number):
+        return "remove the quotes"
+    return None
+
+
+_YES, _NO = ("true", "yes", "on"), ("false", "no", "off")
 
 
 def _expected(annotation: Any) -> str:
@@ -189,7 +240,20 @@ def _structure_union(value: Any, annotation: Any) -> Any:
         if member in (int, float, str, bool) and not (isinstance(value, bool) and member is not bool):
             if isinstance(value, member) or (member is float and isinstance(value, int)):
                 return _CONVERTER.structure(value, member)
-    raise WrongType(f"expected {_expected(annotation)}, found {describe(value)}")
+    members = get_args(annotation)
+    names = [name for member in members if get_origin(member) is Literal for name in get_args(member)]
+    hint = _without_quotes(value, members) or _did_you_mean(value, names)
+    raise WrongType(f"expected {_expected(annotation)}, found {describe(value)}", hint)
+
+
+def _did_you_mean(value: Any, names: Sequence[Any]) -> str | None:
+    """The word that may be meant; one that the value goes on from (`adamw_torch`) before one that is like it."""
+    if not isinstance(value, str):
+        return None
+    words = [name for name in names if isinstance(name, str)]
+    begun = [word for word in words if len(word) > 3 and value.lower().startswith(f"{word}_")]
+    meant = max(begun, key=len) if begun else closest(value, words)
+    return None if meant is None else f'did you mean "{meant}"?'
 
 
 def _is_among(value: Any, allowed: Sequence[Any]) -> bool:
@@ -201,9 +265,7 @@ def _structure_literal(value: Any, annotation: Any) -> Any:
     allowed = get_args(annotation)
     if _is_among(value, allowed):
         return value
-    names = [one for one in allowed if isinstance(one, str)]
-    close = difflib.get_close_matches(value, names, n=1) if isinstance(value, str) else []
-    hint = f'did you mean "{close[0]}"?' if close else None
+    hint = _did_you_mean(value, allowed)
     raise WrongType(f"expected {_expected(annotation)}, found {describe(value)}", hint)
 
 
@@ -214,10 +276,19 @@ def _class_hook(cls: Any) -> Any:
 
     def hook(value: Any, _: Any) -> Any:
         if not isinstance(value, dict):
-            raise WrongType(f"expected a table, found {describe(value)}")
+            hint = _as_table if isinstance(value, list) and all(isinstance(one, dict) for one in value) else None
+            raise WrongType(f"expected a table, found {describe(value)}", hint)
         return inner(value, cls)
 
     return hook
+
+
+def _as_table(path: Path) -> str | None:
+    return None if any(isinstance(part, int) for part in path) else f"write [{_dotted(path)}]"
+
+
+def _as_tables(path: Path) -> str | None:
+    return None if any(isinstance(part, int) for part in path) else f"write [[{_dotted(path)}]]"
 
 
 def _checked(field: Any) -> Any:
@@ -237,7 +308,8 @@ def _list_hook(annotation: Any) -> Any:
 
     def hook(value: Any, _: Any) -> Any:
         if not isinstance(value, list):
-            raise WrongType(f"expected {_expected(annotation)}, found {describe(value)}")
+            hint = _as_tables if attrs.has(member) and isinstance(value, dict) else None
+            raise WrongType(f"expected {_expected(annotation)}, found {describe(value)}", hint)
         return container(_each(value, member))
 
     return hook
@@ -284,7 +356,7 @@ def _make_converter() -> cattrs.Converter:
     converter = cattrs.Converter(forbid_extra_keys=True, detailed_validation=True)
     converter.register_structure_hook(int, _scalar((int,), "a whole number", _whole))
     converter.register_structure_hook(float, _scalar((int, float), "a number", _float))
-    converter.register_structure_hook(str, _scalar((str,), "a string"))
+    converter.register_structure_hook(str, _scalar((str,), "a string", _text))
     converter.register_structure_hook(bool, _scalar((bool,), "true or false"))
     converter.register_structure_hook_func(is_union, _structure_union)
     converter.register_structure_hook_func(lambda t: get_origin(t) is Literal, _structure_literal)

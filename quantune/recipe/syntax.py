@@ -15,6 +15,7 @@ from quantune.errors import Place, Problem
 from quantune.recipe import positions
 
 _TOKEN = re.compile(r"[^\s,\]}#]*")
+_TEXT = re.compile(r"""\s*=\s*("[^"]*"|'[^']*')""")
 _NUMBER = re.compile(r"[+-]?(\.\d+|\d+\.)")
 
 
@@ -31,12 +32,17 @@ def toml_problem(error: tomli.TOMLDecodeError, text: str, path: Path) -> Problem
             name, first, again = repeated
             line, column, length = again.line, again.column, again.length
             message, hint = f"{json.dumps(name, ensure_ascii=False)} is set twice", "keep one of the two"
+            kind = _TEXT.match(lines[first.line - 1][first.column - 1 + first.length :])
+            if name == "adapter" and kind is not None:
+                hint = f"write type = {kind[1]} under [adapter], and leave out adapter = {kind[1]}"
             related = (_place(first, lines),)
     elif error.msg == "Invalid value":
         token = _TOKEN.match(rest)
         found = token[0] if token else ""
         length = max(len(found), 1)
         message, hint = _value(found)
+    elif error.msg.startswith(("Unescaped '\\'", "Invalid hex value")):
+        hint = "in single quotes a backslash is a backslash: 'C:\\models'"
     elif error.msg.startswith("Illegal character '\\n'"):
         message, hint = "the string does not end on its line", "close it with the quote that it begins with"
     elif error.msg.startswith("Expected '=' after a key"):
@@ -45,6 +51,8 @@ def toml_problem(error: tomli.TOMLDecodeError, text: str, path: Path) -> Problem
     elif error.msg.startswith("Expected newline"):
         length = len(rest.rstrip()) or 1
         message, hint = f"expected the end of the line, found {json.dumps(rest.strip(), ensure_ascii=False)}", None
+    if path.suffix.lower() in (".yaml", ".yml"):
+        hint = f"a recipe is TOML; quantune migrate {path} writes one from the YAML of another tool"
     return Problem(
         code="QT002",
         where="recipe",

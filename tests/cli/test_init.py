@@ -40,6 +40,18 @@ def test_nothing_is_replaced_without_force(tmp_path):
     assert "[model]" in (tmp_path / "recipe.toml").read_text()
 
 
+def test_data_is_kept_even_with_force(tmp_path):
+    rows = tmp_path / "data" / "train.jsonl"
+    rows.parent.mkdir()
+    rows.write_text("mine")
+    (tmp_path / "recipe.toml").write_text("replaced")
+    done = quantune_command("init", "-o", str(tmp_path / "recipe.toml"), "--backend", "torchao", "--force")
+    assert done.returncode == 0 and f"kept {rows}" in done.stderr and rows.read_text() == "mine"
+    assert "torchao" in (tmp_path / "recipe.toml").read_text()
+    assert quantune_command("init", "-o", str(tmp_path / "other.toml")).returncode == 0  # without --force, too
+    assert rows.read_text() == "mine"
+
+
 def test_what_can_not_be_chosen_is_refused_before_anything_is_written(tmp_path):
     target = str(tmp_path / "recipe.toml")
     assert 'did you mean "bnb"?' in refused("init", "-o", target, "--backend", "bnbb")
@@ -47,4 +59,6 @@ def test_what_can_not_be_chosen_is_refused_before_anything_is_written(tmp_path):
     assert "there is no folder" in refused("init", "-o", target, "--base", "./gone")
     assert "there is no file" in refused("init", "-o", target, "--data", "gone.jsonl")
     assert "--task" in refused("init", "-o", target, "--task", "chess")
+    assert "expected a file to write, found the folder ." in refused("init", "-o", "", "--force")
+    assert f"found the folder {tmp_path}" in refused("init", "-o", str(tmp_path), "--force")
     assert list(tmp_path.iterdir()) == []

@@ -92,12 +92,26 @@ def test_a_folder_is_translated_with_a_summary(folder):
     done = quantune_command("migrate", str(folder / "configs"))
     assert done.returncode == 2
     assert (inside / "a.toml").exists() and not (inside.parent / "b.toml").exists()
-    summary = done.stderr.splitlines()[-5:]
-    assert [line.split()[1] for line in summary if "yml" in line or "yaml" in line] == [
-        "axolotl",
-        "axolotl",
-        "llamafactory",
+    *summary, last = done.stderr.splitlines()[-4:]
+    assert [" ".join(line.split()[1:]) for line in summary] == [
+        "axolotl 10 translated, 1 unrecognised",
+        "axolotl 10 translated",
+        "llamafactory 1 refused, 1 problem",
     ]
+    assert last.startswith("nothing is written where a key is refused or unrecognised; --force writes the rest")
+
+
+def test_what_a_person_has_to_look_at_comes_last(folder):
+    path = write(folder, {"rl": "dpo", "seed": 1})
+    *_, entry, counts, way_out = quantune_command("migrate", str(path)).stderr.splitlines()
+    assert "refused rl: " in entry and counts == f"{path}: 11 translated, 1 refused" and "--force" in way_out
+    assert "--force" not in quantune_command("migrate", str(path), "--check").stderr
+
+
+def test_what_is_wrong_with_the_whole_yaml_is_said_once(folder):
+    (folder / "other.yaml").write_text("stage: sft\nfinetuning_type: lora\n")
+    said = refused("migrate", str(folder / "other.yaml"))
+    assert said.count("this is a YAML of LlamaFactory") == 1 and said.endswith("other.yaml: 2 refused, 1 problem\n")
 
 
 def test_paths_are_said_to_move_when_the_recipe_stands_elsewhere(folder):

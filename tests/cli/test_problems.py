@@ -78,3 +78,8 @@ def test_a_long_line_is_cut_around_what_is_wrong(filler, before, length, after):
     start = text.index("!")
     assert cells == cell_len(text[:start])
     assert text[start:].startswith("!" * (under - 1 if length > 60 else length))
+
+
+def test_a_key_of_any_length_takes_no_more_than_a_few_lines():
+    shown = render(attrs.evolve(PROBLEM, where=f"adapter.{'x' * 500}"), 80).plain
+    assert f"[adapter.{'x' * 112}...]" in shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from commands import quantune_command
+from commands import quantune_command, refused
 from plugin_packages import install
 
 OPTIONS = '''
@@ -59,3 +59,8 @@ def test_the_schema_is_written_to_a_file(tmp_path):
     done = quantune_command("schema", "-o", str(tmp_path / "recipe.schema.json"))
     assert done.returncode == 0 and done.stdout == ""
     assert json.loads((tmp_path / "recipe.schema.json").read_text())["title"] == "A recipe of quantune"
+
+
+def test_a_schema_that_can_not_be_written_names_the_file(tmp_path):
+    assert f"found the folder {tmp_path}" in refused("schema", "-o", str(tmp_path))
+    assert f"{tmp_path / 'no' / 'x.json'} can't be written" in refused("schema", "-o", str(tmp_path / "no" / "x.json"))

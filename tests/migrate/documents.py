@@ -87,13 +87,22 @@ ODD_VALUES: list[Any] = [
     *([], {}, [1, 2], ["a"], [None], [[1], [2]], [[]], [{}], {"a": 1}, [{"a": 1}], [[{"a": 1}], 2], {"a": {"b": []}}),
 ]
 PIECES = [
-    *("&a ", "*a", "<<: *a\n", "<<: [*a, *b]\n", "? ", "- ", ": ", "{", "}", "[", "]", "|\n", ">-\n", "%TAG ! x:\n", "\t"),
-    *("---\n", "...\n", "!!python/object/apply:os.system ['id']", "!!binary aGk=", "!!binary *", "!!set {a, b}", "!!omap"),
-    *("!!timestamp 2024-13-45", "!!int x", "!!float .", "!!bool maybe", "!!null 5", "!local x", "!!map [1]", "!!seq {a: 1}"),
-    *("!!str {a: 1}", "!!pairs [a: 1]", "2024-02-30", "1:30", "190:20:30.15", "0b", "0o7", "0x", "9" * 5000, ".nan", "~"),
-    *("\x00", "\x07", "\x7f", "\x85", "\u2028", "\ufeff", "\ud800", "\U0001f600", "é", "'", '"', "\\", "#", "@", "`", "\r"),
-    *('"\\ud800"', '"\\x00"', '"\\U00110000"', "1e5", "1e999", "-.inf", "yes", "=", "<<", "!", "!!", "&", "*", "%", "\n\n"),
+    *("&a ", "*a", "<<: *a\n", "<<: [*a, *b]\n", "? ", "- ", ": ", "{", "}", "[", "]", "|\n", ">-\n"),
+    *("%TAG ! x:\n", "\t", "!!set {a, b}", "!!omap"),
+    *("---\n", "...\n", "!!python/object/apply:os.system ['id']", "!!binary aGk=", "!!binary *"),
+    *("!!timestamp 2024-13-45", "!!int x", "!!float .", "!!bool maybe", "!!null 5", "!local x"),
+    *("!!map [1]", "!!seq {a: 1}"),
+    *("!!str {a: 1}", "!!pairs [a: 1]", "2024-02-30", "1:30", "190:20:30.15", "0b", "0o7", "0x", ".nan", "~"),
+    "9" * 5000,
+    *("\x00", "\x07", "\x7f", "\x85", "\u2028", "\ufeff", "\ud800", "\U0001f600", "é", "'", '"', "\\"),
+    *("#", "@", "`", "\r"),
+    *('"\\ud800"', '"\\x00"', '"\\U00110000"', "1e5", "1e999", "-.inf", "yes", "=", "<<", "!", "!!"),
+    *("&", "*", "%", "\n\n"),
 ]  # fmt: skip
+
+ODD_TEXTS = [
+    yaml.safe_dump(odd, default_flow_style=True, width=1e9).removesuffix("\n...\n").strip() for odd in ODD_VALUES
+]
 
 
 def structure(chance: random.Random) -> dict[Any, Any]:
@@ -205,6 +214,10 @@ def _as_value(made: str, chance: random.Random, pieces: list[str], others: list[
     return "\n".join(lines)
 
 
+def _odd_value(made: str, chance: random.Random, pieces: list[str], others: list[str]) -> str:
+    return _as_value(made, chance, ODD_TEXTS, others)
+
+
 def _lines(made: str, chance: random.Random, pieces: list[str], others: list[str]) -> str:
     lines = made.split("\n")
     one, other = chance.randrange(len(lines)), chance.randrange(len(lines))
@@ -226,7 +239,7 @@ def _splice(made: str, chance: random.Random, pieces: list[str], others: list[st
 
 
 _CHANGES: tuple[Callable[[str, random.Random, list[str], list[str]], str], ...] = (
-    *(_flip, _cut, _insert, _insert, _as_value, _as_value, _lines, _lines, _splice),
+    *(_flip, _cut, _insert, _as_value, _odd_value, _odd_value, _odd_value, _lines, _lines, _splice),
 )
 
 

@@ -1,6 +1,7 @@
 """Random and mutated documents, and what must hold for each: `python tests/migrate/fuzz.py --count 100000`.
 
-A YAML becomes a `Migration` that accounts for every key, a TOML recipe a recipe or a `RecipeError`; never anything else.
+A YAML becomes a `Migration` that accounts for every key, a TOML recipe a recipe or a `RecipeError`, never anything
+else.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ type = "qlora"
 UNREADABLE = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 """What PyYAML raises for a text that is none, or for a value that is not what its tag says."""
 TOML_PIECES = [
-    *('"', "'", '"""', "'''", "[", "]", "[[", "]]", "{", "}", "=", ".", ",", "#", "\\", "\t", "\r", "\x00", "\x7f", "\u2028"),
-    *("nan", "inf", "-inf", "1e999", "9" * 5000, "0x10", "1979-05-27", "1979-05-27T07:32:00Z", "07:32", "true", "é", "😀"),
-    *("[quantization]\n", "[[data.train]]\n", "[data.train]\n", "a.b.c = 1\n", '"" = 1\n', "[" * 500, "{a=" * 300, "\ufeff"),
+    *('"', "'", '"""', "'''", "[", "]", "[[", "]]", "{", "}", "=", ".", ",", "#", "\\", "\t"),
+    *("\r", "\x00", "\x7f", "\u2028", "\ufeff", "[" * 500, "{a=" * 300, "9" * 5000),
+    *("nan", "inf", "-inf", "1e999", "0x10", "1979-05-27", "1979-05-27T07:32:00Z", "07:32", "true", "é", "😀"),
+    *("[quantization]\n", "[[data.train]]\n", "[data.train]\n", "a.b.c = 1\n", '"" = 1\n'),
     *(f"{line}\n" for line in LEGACY.splitlines()),
 ]  # fmt: skip
 RECIPES = [
@@ -102,14 +104,22 @@ def readable(text: str) -> bool:
 
 
 def within_limits(root: Any, deepest: int = 100, most: int = 100_000) -> bool:
-    """Whether nodes are neither nested too deeply nor too many, with every alias expanded; a cycle is too deep."""
+    """Whether nodes are neither nested too deeply nor too many, with every alias expanded; a cycle is too deep.
+
+    Raises:
+        ValueError: a text can't be written, or a number has too many digits.
+    """
     count, waiting = 0, [(root, 1)]
     while waiting:
         node, depth = waiting.pop()
         count += 1
         if count > most or depth > deepest:
             return False
-        if isinstance(node, yaml.MappingNode):
+        if isinstance(node, yaml.ScalarNode):
+            node.value.encode()
+            if node.tag == "tag:yaml.org,2002:int":
+                str(yaml.SafeLoader("").construct_yaml_int(node))
+        elif isinstance(node, yaml.MappingNode):
             waiting += [(one, depth + 1) for pair in node.value for one in pair]
         elif isinstance(node, yaml.SequenceNode):
             waiting += [(one, depth + 1) for one in node.value]

@@ -111,6 +111,32 @@ def test_every_contradiction_is_an_error_with_its_place(tmp_path, addition, wher
     assert problem.line is not None and problem.line > len(VALID.splitlines())
 
 
+SOURCE = 'path = "x.csv"\nformat = "chat"\n'
+
+
+@pytest.mark.parametrize(
+    ("addition", "shown"),
+    [
+        ("epochs = 2", "max_steps = 10"),
+        ("warmup_steps = 10", "max_steps = 10"),
+        ("warmup_steps = 2\nwarmup_ratio = 0.1", "warmup_steps = 2"),
+        ("batch_size = 6\nmicro_batch_size = 4", "batch_size = 6"),
+        ("micro_batch_size = 3", None),  # batch_size is not written
+        (f'[[data.train]]\ndataset = "y"\n{SOURCE}', 'path = "x.csv"'),
+        (f"[data]\neval_size = 1\n[[data.eval]]\n{SOURCE}", "[[data.eval]]"),
+        (f"[checkpoint]\nper_epoch = 2\nevery_steps = 5\n[[data.eval]]\n{SOURCE}", "every_steps = 5"),
+        ('tf32 = true\ndevice = "cpu"', 'device = "cpu"'),
+    ],
+)
+def test_a_contradiction_of_two_keys_shows_both(tmp_path, addition, shown):
+    text = VALID + addition + "\n"
+    if "[data]" in addition:  # its header comes before its tables
+        text = VALID.replace("[[data.train]]", "[data]\neval_size = 1\n[[data.train]]")
+        text += addition.replace("[data]\neval_size = 1\n", "")
+    (problem,) = problems(write(tmp_path, text))
+    assert [place.source_line for place in problem.related] == ([] if shown is None else [shown])
+
+
 @pytest.mark.parametrize("line", ['revision = "main"', "trust_remote_code = true"])
 def test_a_built_in_model_has_no_revision_and_no_remote_code(tmp_path, line):
     text = VALID.replace('base = "builtin:mini"', f'base = "builtin:mini"\n{line}')

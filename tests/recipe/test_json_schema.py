@@ -9,10 +9,14 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 import attrs
 import pytest
+import tomlkit
 from jsonschema import Draft7Validator
 
 from quantune.backends import registry
 from quantune.recipe.json_schema import backend_schema, recipe_schema
+from quantune.recipe.legacy import rewrite
+from quantune.recipe.legacy.foreign import FOREIGN
+from quantune.recipe.legacy.reading import KEYS, SECTIONS
 from quantune.recipe.load import load_recipe, structure_recipe
 from quantune.recipe.schema import QuantizationConfig, Recipe, SourceConfig, SpecialTokensConfig
 
@@ -130,8 +134,6 @@ def with_(section, **keys):
     ],
 )
 def test_what_is_beyond_the_schema_is_left_to_the_parser(document, tmp_path):
-    import tomlkit
-
     assert VALIDATOR.is_valid(document)
     (tmp_path / "recipe.toml").write_text(tomlkit.dumps(document))
     with pytest.raises(Exception, match="QT0"):
@@ -167,17 +169,98 @@ OLDER = [
     {"bnb_config_kwargs": {"bnb_4bit_quant_type": "nf4"}},
     {"quantize_moe_experts": True},
     {"quantization": {"backend": "fp8", "config_kwargs": {"weight_block_size": [128, 128]}}},
+    {"load_in_4bit": True, "quantization": {"weight_dtype": "nf4", "skip": ["lm_head"]}},
+    {"load_in_4bit": True, "quantization": {}},
+    {"adapter": "qlora", "quantization": {"skip": ["lm_head"]}},
+    {"adapter": {"load_in_4bit": "true"}, "quantization": {"quantize_moe_experts": True}},
+    {"quantization": {"load_in_8bit": True}},
+    {"model": {"base": "x", "peft": {"backend": "mxfp4", "weight_dtype": "mxfp4", "config_kwargs": {}}}},
+    {"peft": {"backend": "torchao", "weight_dtype": "int4"}, "quantization": {"backend": "torchao"}},
+    {"gptq": False, "merge_lora": "False", "qat": {}, "fp8": False, "relora": False},
 ]
 
 
 @pytest.mark.parametrize("document", OLDER, ids=str)
-def test_older_spellings_are_understood(document):
-    assert VALIDATOR.is_valid({**PLAIN, **document})
+def test_older_spellings_are_understood(document, tmp_path):
+    document = {**PLAIN, **document}
+    if document.get("quantize_moe_experts") or "bnb_config_kwargs" in document:
+        document["load_in_4bit"] = True
+    assert VALIDATOR.is_valid(document)
+    (tmp_path / "recipe.toml").write_text(tomlkit.dumps(document))
+    assert load_recipe(tmp_path / "recipe.toml", options_of=registry.options_of).warnings
+
+
+def spelling(randomly):
+    """An old key and a value that means something, or nearly so."""
+    table = randomly.choice([{"backend": "bnb"}, {"backend": "torchao", "weight_dtype": "int4"}, {"backend": "fp8"}])
+    classes = ["Mxfp4Config", "FineGrainedFP8Config"]
+    values = {
+        "load_in_4bit": [True, False, "true", " FALSE ", "no", 1],
+        "load_in_8bit": [True, False],
+        "quantize_moe_experts": [True, "false"],
+        "peft": [table, {**table, "skip": ["x"]}, {"backend": "mxfp4", "weight_dtype": "mxfp4"}, {}],
+        "bnb_config_kwargs": [{}, {"bnb_4bit_use_double_quant": True}, {"load_in_4bit": True}],
+        "model_quantization_config": [*classes, table, {"torchao": {"weight_dtype": "int8"}}, {"mxfp4": {}}],
+        "model_quantization_config_kwargs": [{}, {"dequantize": False}, {"weight_block_size": [64, 64]}],
+    }
+    assert values.keys() == set(KEYS)
+    key = randomly.choice([*KEYS, "qlora", "off"])
+    if key == "qlora":
+        return randomly.choice([{"adapter": "qlora"}, {"adapter": {"type": "qlora"}}])
+    if key == "off":
+        return {randomly.choice(sorted(FOREIGN.keys() - {"quantization"})): randomly.choice([False, {}, "False", True])}
+    place = randomly.choice([None, *SECTIONS])
+    value = {key: randomly.choice(values[key])}
+    return value if place is None else {place: {**PLAIN.get(place, {}), **value}}
+
+
+def test_no_older_spelling_that_is_understood_is_refused():
+    randomly = random.Random(0)
+    quantizations = [{}, {"skip": ["x"]}, {"weight_dtype": "nf4"}, {"backend": "bnb"}, {"backend": "torchao"}]
+    quantizations += [{"backend": "fp8", "config_kwargs": {}}, {"backend": "mxfp4"}, {"block_size": 64}]
+    verdicts = []
+    for _ in range(3000):
+        document = copy.deepcopy(PLAIN)
+        if randomly.random() < 0.5:
+            document["quantization"] = dict(randomly.choice(quantizations))
+        for _ in range(randomly.choice([1, 1, 2, 3])):
+            for key, value in spelling(randomly).items():
+                held = document.get(key)
+                document[key] = {**held, **value} if isinstance(held, dict) and isinstance(value, dict) else value
+        rewritten = rewrite(document)
+        verdicts.append(not rewritten.findings and parser_accepts(rewritten.document))
+        assert VALIDATOR.is_valid(document) or not verdicts[-1], document
+    assert 1000 < sum(verdicts) < 2500
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"bnb_config_kwargs": {"bnb_4bit_quant_typo": "nf4"}},
+        {"peft": {"backend": "bnb", "weight_dtipe": "nf4"}},
+        {"peft": {"weight_dtype": "nf4"}},
+        {"model_quantization_config": {"torchoa": {"weight_dtype": "int4"}}},
+        {"model_quantization_config": {"torchao": {"weight_dtipe": "int4"}}},
+        {"model_quantization_config": "Mxfp4Configs"},
+        {"model_quantization_config_kwargs": {"dequantise": False}},
+        {"quantization": {"backend": "fp8", "config_kwargs": {"block": 1}}},
+        {"load_in_4bit": True, "quantization": {"weight_dtipe": "nf4"}},
+        {"training": {"load_in_4bit": True}},
+        {"gptq": True},
+    ],
+    ids=str,
+)
+def test_typos_in_older_spellings_are_refused_by_both(document):
+    document = {**PLAIN, **document}
+    rewritten = rewrite(document)
+    assert not VALIDATOR.is_valid(document)
+    assert rewritten.findings or not parser_accepts(rewritten.document)
 
 
 def test_older_spellings_are_marked_with_what_to_write():
     marked = [node for node in nodes(SCHEMA) if isinstance(node, dict) and node.get("deprecated")]
-    assert len(marked) == 11 and all(node["description"].startswith("DEPRECATED: write ") for node in marked)
+    assert len(marked) == len(KEYS) + len(FOREIGN) - 1 + len(("config_kwargs of mxfp4", "of fp8", "qlora", "as a type"))
+    assert all(node["description"].startswith(("DEPRECATED: write ", "DEPRECATED: leave it out")) for node in marked)
     assert not any("DEPRECATED" in node.get("description", "") for node in nodes(SCHEMA) if node not in marked)
 
 

@@ -11,7 +11,7 @@ from quantune.backends.registry import backends_with_option, options_of
 from quantune.backends.torchao import TorchaoOptions
 from quantune.errors import RecipeError
 from quantune.recipe.legacy import rewrite
-from quantune.recipe.legacy.claims import GROUP_SIZES
+from quantune.recipe.legacy.claims import DEFAULTS, GROUP_SIZES
 from quantune.recipe.load import load_recipe
 
 NF4 = {"backend": "bnb", "weight_dtype": "nf4"}
@@ -140,6 +140,16 @@ def rewritten(text):
         ),
         ("gptq = false\nqat = {}\nrelora = 'false'", None, ["gptq", "qat", "relora"]),
         ('[quantization]\nbackend = "bnb"\n[adapter]', {"backend": "bnb"}, []),
+        (
+            '[quantization]\nbackend = "fp8"\nconfig_kwargs = {weight_block_size = [64, 64]}',
+            {"backend": "fp8", "block_size": [64, 64]},
+            ["quantization.config_kwargs"],
+        ),
+        (
+            '[quantization]\nbackend = "bnb"\nquantize_moe_experts = false',
+            {"backend": "bnb", "experts": False},
+            ["quantization.quantize_moe_experts"],
+        ),
         ('[quantization]\nbackend = "plugin"\nload_in_4bit = 3', {"backend": "plugin", "load_in_4bit": 3}, []),
     ],
 )
@@ -262,6 +272,9 @@ CONTRADICTIONS = [
         "QT100",
     ),
     ("quantize_moe_experts = true", 'quantization = {backend = "bnb", experts = false}', "QT100"),
+    ("quantize_moe_experts = false", 'quantization = {backend = "bnb"}', "QT100"),
+    ("bnb_config_kwargs = {bnb_4bit_use_double_quant = false}", 'quantization = {backend = "bnb"}', "QT100"),
+    ('peft = {backend = "bnb", block_size = 128}', 'quantization = {backend = "bnb"}', "QT100"),
     ('bnb_config_kwargs = {bnb_4bit_quant_type = "fp4"}', 'quantization = {backend = "bnb"}', "QT100"),
     ('bnb_config_kwargs = {bnb_4bit_quant_type = "nf4"}', "load_in_8bit = true", "QT100"),
     (
@@ -309,6 +322,38 @@ def test_spellings_that_disagree_are_an_error_that_names_both(one, two, code):
 
 
 @pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        (
+            'peft = {backend = "bnb"}\nload_in_4bit = false',
+            "leave out load_in_4bit, or peft to train on the base as it is",
+        ),
+        ('load_in_8bit = true\n[quantization]\nbackend = "fp8"', "leave out load_in_8bit: it is bitsandbytes'"),
+        (
+            '[model]\nload_in_8bit = true\n[quantization]\nbackend = "bnb"',
+            'leave out [model] load_in_8bit, or write weight_dtype = "int8" in [quantization]',
+        ),
+        (
+            'load_in_4bit = true\n[quantization]\nweight_dtype = "int8"',
+            'leave out load_in_4bit, or write weight_dtype = "nf4" in [quantization]',
+        ),
+        (
+            'peft = {backend = "bnb"}\nmodel_quantization_config = "Mxfp4Config"',
+            "keep one of them, best as [quantization]",
+        ),
+        (
+            'peft = {backend = "fp8"}\nbnb_config_kwargs = {bnb_4bit_quant_type = "nf4"}',
+            'leave it out, or name backend = "bnb" in peft',
+        ),
+        ('adapter = "dora"', "write [adapter] use_dora = true"),
+    ],
+)
+def test_the_way_out_names_keys_that_are_there(text, hint):
+    (finding,) = rewritten(text).findings
+    assert finding.hint == hint
+
+
+@pytest.mark.parametrize(
     ("text", "code", "where", "message"),
     [
         ("gptq = true", "QT110", "gptq", "quantune does not do that"),
@@ -316,12 +361,28 @@ def test_spellings_that_disagree_are_an_error_that_names_both(one, two, code):
         ('[quantization]\nactivation_dtype = "int8"', "QT112", "quantization", "without a backend"),
         ("model_quantization_config = {}", "QT116", "model_quantization_config", "found nothing"),
         ('model_quantization_config = {weight_dtype = "int4"}', "QT116", "model_quantization_config", "weight_dtype"),
-        ("model_quantization_config = {torchao = {}, group_size = 64}", "QT116", "model_quantization_config", "group"),
-        ("model_quantization_config = {torchao = {}, bnb = {}}", "QT117", "model_quantization_config", "bnb, torchao"),
+        (
+            "model_quantization_config = {torchao = {}, group_size = 64}",
+            "QT116",
+            "model_quantization_config.group_size",
+            "group_size stands beside torchao's table",
+        ),
+        (
+            "model_quantization_config = {torchao = {}, bnb = {}}",
+            "QT117",
+            "model_quantization_config.torchao",
+            "bnb, torchao",
+        ),
+        (
+            'model_quantization_config = {torchao = {backend = "bnb"}}',
+            "QT117",
+            "model_quantization_config.torchao.backend",
+            "bnb, torchao",
+        ),
         (
             'model_quantization_config = {backend = "bnb", torchao = {}}',
             "QT117",
-            "model_quantization_config",
+            "model_quantization_config.torchao",
             "bnb, torchao",
         ),
         ("peft = {loftq_config = {loftq_bits = 4}}", "QT116", "peft", "names no backend"),
@@ -372,14 +433,16 @@ def test_an_old_spelling_that_means_nothing_is_an_error_at_its_key(text, code, w
     (finding,) = rewritten(text).findings
     assert (finding.code, finding.where) == (code, where) and message in finding.message
     assert finding.hint or code == "QT013"
+    assert code != "QT117" or finding.other not in (None, finding.path)
 
 
-def test_each_spelling_is_reported_once_however_many_others_it_contradicts():
+def test_every_two_spellings_that_contradict_each_other_are_reported():
     text = 'adapter = "qlora"\nload_in_8bit = true\n[quantization]\nbackend = "torchao"\nweight_dtype = "int4"'
     made = rewritten(text)
     assert [(finding.code, finding.path) for finding in made.findings] == [
         ("QT109", ("load_in_8bit",)),
         ("QT101", ("adapter",)),
+        ("QT102", ("adapter",)),
     ]
     assert made.document["quantization"] == {"backend": "torchao", "weight_dtype": "int4"}
 
@@ -464,13 +527,23 @@ def test_every_order_of_a_few_keys_gives_the_same():
         "quantization": {"backend": "bnb"},
     }
     outcomes = [outcome(dict(order)) for order in itertools.permutations(document.items())]
-    assert all(one == outcomes[0] for one in outcomes) and len(outcomes[0][3]) == 4
+    assert all(one == outcomes[0] for one in outcomes) and len(outcomes[0][3]) == 6
 
 
 def test_the_groups_of_older_tools_are_quantunes_where_nothing_is_written_for_them():
     for dtype, size in GROUP_SIZES.items():
         own = TorchaoOptions(weight_dtype=dtype).resolved().group_size
         assert own == size or (dtype == "int8" and own is None)
+
+
+def test_what_a_table_leaves_unsaid_is_the_backends_default():
+    for (backend, dtype), defaults in DEFAULTS.items():
+        cls = options_of(backend)
+        made = cls() if dtype is None else cls(weight_dtype=dtype)
+        made = made.resolved() if hasattr(made, "resolved") else made
+        for key, value in defaults.items():
+            own = getattr(made, key)
+            assert (list(own) if isinstance(own, tuple) else own) == value
 
 
 # In a recipe ----------------------------------------------------------------------------------------------------------
@@ -530,6 +603,23 @@ def test_a_group_size_of_0_is_an_error_and_no_default(tmp_path):
 def test_a_contradiction_hides_no_other_problem(tmp_path):
     found = problems(tmp_path, "load_in_4bit = true\nload_in_8bit = true", "[adapter]\nalpa = 3")
     assert [problem.code for problem in found] == ["QT104", "QT012"]
+
+
+@pytest.mark.parametrize(
+    ("top", "table", "code"),
+    [
+        ("load_in_4bit = true", 'backend = "bmb"', "QT015"),
+        ("load_in_4bit = true", 'backend = "bnb"\nweight_dtype = "nf5"', "QT013"),
+        ("load_in_4bit = true", 'weight_dtype = "nf5"', "QT013"),
+        ('adapter = "qlora"', 'backend = "bmb"\nweight_dtype = "int8"', "QT015"),
+        ("quantize_moe_experts = true", 'backend = "bnb"\nexperts = "x"', "QT013"),
+        ("bnb_config_kwargs = {bnb_4bit_use_double_quant = true}", 'backend = "bmb"', "QT015"),
+    ],
+)
+def test_what_is_no_value_contradicts_nothing(tmp_path, top, table, code):
+    adapter = "" if top.startswith("adapter") else "[adapter]\n"
+    (problem,) = problems(tmp_path, top, f"{adapter}[quantization]\n{table}")
+    assert problem.code == code
 
 
 def test_an_override_can_contradict_an_old_spelling(tmp_path):

@@ -43,8 +43,19 @@ CASES = [
     ),
     ("r = 8", "r = true", "QT013", 9, "adapter.r", "expected a whole number, found true (a boolean)", None),
     ("r = 8", "r = 8.0", "QT013", 9, "adapter.r", "expected a whole number, found 8.0 (a number)", None),
-    ("r = 8", 'r = "8"', "QT013", 9, "adapter.r", 'expected a whole number, found "8" (a string)', None),
-    ("1e-3", '"1e-3"', "QT013", 18, "training.learning_rate", 'expected a number, found "1e-3" (a string)', None),
+    ("r = 8", 'r = "8"', "QT013", 9, "adapter.r", 'expected a whole number, found "8"', "remove the quotes"),
+    ("1e-3", '"1e-3"', "QT013", 18, "training.learning_rate", 'number, found "1e-3"', "remove the quotes"),
+    (
+        "max_steps = 10",
+        'activation_checkpointing = "yes"',
+        "QT013",
+        17,
+        "training.activation_checkpointing",
+        'true or false or "offload", found "yes"',
+        "write true, without quotes",
+    ),
+    ("max_steps = 10", 'optimizer = "adamw_muon"', "QT013", 17, "training.optimizer", "one of", 'mean "adamw"?'),
+    ("max_steps = 10", 'optimizer = "adam_8bit"', "QT013", 17, "training.optimizer", "one of", 'mean "adamw_8bit"?'),
     ('"builtin:mini"', "3", "QT013", 2, "model.base", "expected a string, found 3 (a whole number)", None),
     ('["q_proj", "v_proj"]', "7", "QT013", 10, "adapter.targets", "expected a string or a list of strings", None),
     (
@@ -56,7 +67,15 @@ CASES = [
         "expected a string, found 7",
         None,
     ),
-    ("r = 8", 'use_dora = "false"', "QT013", 9, "adapter.use_dora", 'expected true or false, found "false"', None),
+    (
+        "r = 8",
+        'use_dora = "false"',
+        "QT013",
+        9,
+        "adapter.use_dora",
+        'expected true or false, found "false"',
+        "write false",
+    ),
     (
         '"chat"',
         '"chatt"',
@@ -101,8 +120,13 @@ CASES = [
         'one of "chat", "instruct", "alpaca", "completion", found 3',
         None,
     ),
-    ("[[data.train]]", "[data.train]", "QT013", 12, "data.train", "expected a list of tables, found a table", None),
-    ("[adapter]", "[[adapter]]", "QT013", 8, "adapter", "expected a table, found a list", None),
+    ("[[data.train]]", "[data.train]", "QT013", 12, "data.train", "list of tables, found a table", "[[data.train]]"),
+    ("[adapter]", "[[adapter]]", "QT013", 8, "adapter", "expected a table, found a list", "write [adapter]"),
+    ("max_steps = 10", "micro_batch_size = 'aut'", "QT013", 17, "training.micro_batch_size", "or", 'mean "auto"?'),
+    ("max_steps = 10", "micro_batch_size = '2'", "QT013", 17, "training.micro_batch_size", "or", "remove the quotes"),
+    ('["q_proj", "v_proj"]', '"["', "QT014", 10, "adapter.targets", "regular expression", "in a list"),
+    ('["q_proj", "v_proj"]', '"all_linear"', "QT014", 10, "adapter.targets", 'expected "all-linear"', "did you mean"),
+    ('["q_proj", "v_proj"]', '"all-linaer"', "QT014", 10, "adapter.targets", 'expected "all-linear"', "did you mean"),
     ("[quantization]", "[[quantization]]", "QT013", 4, "quantization", "expected a table, found a list", None),
     ("max_steps = 10", "micro_batch_size = 'all'", "QT013", 17, "training.micro_batch_size", 'or "auto", found', None),
     ("max_steps = 10", "micro_batch_size = 0", "QT014", 17, "training.micro_batch_size", "greater than 0", None),
@@ -164,6 +188,37 @@ def test_any_order_of_the_tables_gives_the_same_problems(tmp_path):
         for order in itertools.permutations(tables)
     }
     assert len(found) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message", "hint"),
+    [
+        (
+            "[model]",
+            "load_in_4bits = true\n[model]",
+            'unknown key "load_in_4bits"',
+            'did you mean "load_in_4bit"? write',
+        ),
+        ("[model]", "learning_rate = 1\n[model]", 'unknown key "learning_rate"', "it belongs in [training]"),
+        ("[model]", "learning_rat = 1\n[model]", 'unknown key "learning_rat"', "mean [training] learning_rate?"),
+        ("[model]", "every_steps = 1\n[model]", "unknown key", "[evaluation] or [checkpoint] or [logging]"),
+        ("[model]", "lora_r = 8\n[model]", 'unknown key "lora_r"', "write [adapter] r"),
+        ("[model]", "zzz = [1]\n[model]", 'unknown key "zzz"', "under the header of its section"),
+        ("[model]", "[special_tokens]\n[model]", 'unknown section "special_tokens"', "it belongs in [model]"),
+        ("r = 8", "lora_rank = 8", 'unknown key "lora_rank"', "write [adapter] r"),
+        ("r = 8", "merge_lora = true", 'unknown key "merge_lora"', "remove merge_lora"),
+        ("r = 8", "max_steps = 8", 'unknown key "max_steps"', "it belongs in [training]"),
+        ("r = 8", "lora_on_cpu = true", 'unknown key "lora_on_cpu"', "leave it out: the base is streamed"),
+        ("max_steps = 10", "load_in_4bit = true", "unknown key", 'write [quantization] backend = "bnb", weight_dtype'),
+        ("max_steps = 10", "neftune_noise_alpha = 5", "unknown key", "adds no noise to embeddings"),
+        ('format = "chat"', 'format = "chat"\ntype = "sharegpt"', 'unknown key "type"', "write format"),
+        ("max_steps = 10", 'optimizer = "adamw_bnb_8bit"', "expected one of", 'write "adamw_8bit"'),
+        ("max_steps = 10", 'optimizer = "adamw_torch"', "expected one of", 'write "adamw"'),
+    ],
+)
+def test_a_key_of_another_section_or_tool_is_told_where_to_go(tmp_path, old, new, message, hint):
+    (problem,) = problems(write(tmp_path, VALID.replace(old, new, 1)))
+    assert message in problem.message and hint in problem.hint
 
 
 def test_a_missing_file_suggests_one_that_is_there(tmp_path):
@@ -240,6 +295,19 @@ def test_a_mistake_in_one_section_hides_no_contradiction_in_another(tmp_path):
     ]
 
 
+def test_an_unknown_option_of_a_backend_hides_no_problem_of_the_others(tmp_path):
+    text = VALID.replace('"nf4"', '"nf4"\nblock_size = 48\nzzz = 1')
+    assert [(p.code, p.where) for p in problems(write(tmp_path, text))] == [
+        ("QT016", "quantization.block_size"),
+        ("QT012", "quantization.zzz"),
+    ]
+    misspelt = VALID.replace('weight_dtype = "nf4"', 'weight_dtpe = "int8"\nblock_size = 64')
+    assert [(p.code, p.where) for p in problems(write(tmp_path, misspelt))] == [
+        ("QT012", "quantization.weight_dtpe"),
+        ("QT016", "quantization.block_size"),
+    ]
+
+
 def test_a_section_with_a_mistake_is_not_searched_for_contradictions(tmp_path):
     (problem,) = problems(write(tmp_path, VALID.replace('path = "train.jsonl"', "path = 3")))
     assert (problem.code, problem.where) == ("QT013", "data.train[0].path")
@@ -251,6 +319,7 @@ def test_a_section_with_a_mistake_is_not_searched_for_contradictions(tmp_path):
         ("1e-3", "1" + "0" * 400, "training.learning_rate", "too large"),
         ("max_steps = 10", "seed = 18446744073709551616", "training.seed", "must fit into 64 bits"),
         ("r = 8", "r = " + "9" * 5000, "recipe", "too many digits"),
+        ("train.jsonl", "a\\u0000.jsonl", "data.train[0].path", "must not hold the character NUL"),
         ('"nf4"', '"""a\n\\u001b[31m"""', "quantization.weight_dtype", 'found "a\\n\\u001b[31m"'),
         ('"nf4"', f'"{"x" * 500}"', "quantization.weight_dtype", 'xxx..." (a string)'),
     ],
@@ -341,7 +410,9 @@ def test_set_overrides_a_key(tmp_path, override, get, value):
         ("quantization.blok_size=64", 'unknown key "blok_size" for backend "toy"'),
         ("quantization.backend=toyy", 'found "toyy"'),
         ("quantization.block_size=48", "expected one of 32, 64"),
-        ("training.epochs=1", "epochs and max_steps both set the length"),
+        ('adapter.targets=["q_proj"', 'expected a TOML value, found "[\\"q_proj\\""'),
+        ("adapter.targets={", "expected a TOML value"),
+        ("adapter.targets='q", "expected a TOML value"),
         ("adapter", "expected section.key=value"),
         ("adapter.r", "expected section.key=value"),
         ("=3", "expected section.key=value"),
@@ -351,7 +422,7 @@ def test_set_overrides_a_key(tmp_path, override, get, value):
         ("data.train[²].limit=3", "expected section.key=value"),
         ("data.train[-1].limit=3", "expected section.key=value"),
         ("adapter.r=3\nalpha = 4", 'expected a whole number, found "3\\nalpha = 4"'),
-        ("adapter.r=" + "[" * 3000, "expected a whole number"),
+        ("adapter.r=" + "[" * 3000, "expected a TOML value"),
         ("model=3", "expected section.key=value"),
         ("adapter.r.x=3", "is no place in this recipe"),
         ("data.train.limit=3", "is no place in this recipe"),
@@ -363,6 +434,30 @@ def test_a_wrong_override_is_named_as_one(tmp_path, override, message):
     (problem,) = problems(write(tmp_path, VALID), [override])
     assert message in problem.message
     assert problem.origin == f"--set {override}" and problem.line is None
+
+
+@pytest.mark.parametrize(
+    ("section", "held", "override"),
+    [
+        ("training", "max_steps = 10", "epochs=1.5"),
+        ("training", "warmup_steps = 2", "warmup_ratio=0.1"),
+        ("training", "warmup_ratio = 0.1", "warmup_steps=2"),
+        ("checkpoint", "per_epoch = 2", "every_steps=5"),
+        ("checkpoint", "every_steps = 5", "per_epoch=2"),
+    ],
+)
+def test_an_override_replaces_what_the_file_says_in_place_of_it(tmp_path, section, held, override):
+    key, value = override.split("=")
+    text = VALID if "max_steps" in held else VALID + (f"[{section}]\n" * (section != "training")) + f"{held}\n"
+    made = getattr(load(write(tmp_path, text), [f"{section}.{override}"]), section)
+    assert getattr(made, key) == float(value) and getattr(made, held.split()[0]) is None
+
+
+def test_two_overrides_that_say_the_same_contradict_each_other(tmp_path):
+    overrides = ["training.epochs=1", "training.max_steps=5"]
+    for order in (overrides, overrides[::-1]):
+        (problem,) = problems(write(tmp_path, VALID), order)
+        assert problem.code == "QT020" and problem.origin == "--set training.epochs=1"
 
 
 def test_the_last_of_two_overrides_of_one_key_counts(tmp_path):
@@ -388,10 +483,29 @@ def test_a_byte_order_mark_and_windows_line_ends_leave_the_places_as_they_are(tm
 
 def test_what_is_underlined_is_the_key_or_the_value_that_is_wrong(tmp_path):
     text = VALID.replace("r = 8", "r   =   -80").replace('format = "chat"', 'formt  = "chat"')
-    wrong, lacking, unknown = problems(write(tmp_path, text))
+    wrong, unknown = problems(write(tmp_path, text))
     assert wrong.where == "adapter.r" and (wrong.column, wrong.underline) == (1, (9, 3))
-    assert lacking.where == "data.train[0].format" and lacking.source_line == "[[data.train]]"
     assert unknown.where == "data.train[0].formt" and unknown.underline == (1, 5)
+
+
+def test_what_is_missing_is_shown_at_its_table(tmp_path):
+    (lacking,) = problems(write(tmp_path, VALID.replace('format = "chat"', "")))
+    assert lacking.where == "data.train[0].format" and lacking.source_line == "[[data.train]]"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where"),
+    [
+        ("[adapter]", "[Adapter]", "Adapter"),
+        ("[model]", "[modle]", "modle"),
+        ("base =", "bas =", "model.bas"),
+        ("[[data.train]]", "[[data.trian]]", "data.trian"),
+        ("[[data.train]]", "[[dta.train]]", "dta"),
+    ],
+)
+def test_a_misspelt_name_is_one_problem_and_not_a_missing_one_as_well(tmp_path, old, new, where):
+    (problem,) = problems(write(tmp_path, VALID.replace(old, new)))
+    assert problem.where == where and problem.hint.startswith("did you mean")
 
 
 def test_a_finding_about_two_keys_shows_both_places_wherever_they_were_set(tmp_path):

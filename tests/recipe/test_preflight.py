@@ -5,6 +5,7 @@ from recipe_support import VALID, options_of, write
 
 from quantune.backends.checkpoints import format_problem
 from quantune.backends.registry import options_of as registry_options_of
+from quantune.cli.recipes import open_recipe
 from quantune.errors import RecipeError
 from quantune.recipe.load import load_recipe
 from quantune.recipe.preflight import check_files
@@ -41,6 +42,24 @@ def test_every_file_problem_is_reported_at_once_with_its_line(tmp_path):
     ]
     for (line, message), (expected_line, part) in zip(found, expected, strict=True):
         assert line == expected_line and part in message
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "where"),
+    [
+        ("r = 8", "alpa = 8", ["adapter.alpa", "data.train[0].path"]),
+        ("r = 8", "r = 0", ["adapter.r", "data.train[0].path"]),
+        ("max_steps = 10", "max_steps = 10\nepochs = 1", ["data.train[0].path", "training.epochs"]),
+        ('format = "chat"', 'format = "chatt"', ["data.train[0].format"]),
+        ("train.jsonl", "train.txt", ["data.train[0].path"]),
+        ('[model]\nbase = "builtin:mini"\n', "", ["model", "data.train[0].path"]),
+    ],
+)
+def test_missing_files_are_reported_with_what_else_is_wrong(tmp_path, old, new, where):
+    path = write(tmp_path, VALID.replace('backend = "toy"', 'backend = "bnb"').replace(old, new))
+    with pytest.raises(RecipeError) as caught:
+        open_recipe(path)
+    assert [problem.where for problem in caught.value.problems] == where
 
 
 @pytest.mark.parametrize(

@@ -140,7 +140,8 @@ def test_every_format_has_its_defaults(tmp_path, table, options):
         ),
         ('backend = ""', "QT014", "quantization.backend", "must not be empty", "quantune backends list"),
         ('skip = ["a"]', "QT010", "quantization.backend", "lacks the key", "quantune backends list"),
-        ('backend = "hqq4"', "QT015", "quantization.backend", 'found "hqq4"', None),
+        ('backend = "hqq4"', "QT015", "quantization.backend", 'found "hqq4"', 'did you mean "hqq"?'),
+        ('backend = "hqq"', "QT015", "quantization.backend", 'found "hqq"', "pip install quantune-hqq"),
     ],
 )
 def test_every_wrong_option_says_what_there_is(tmp_path, table, code, where, message, hint):
@@ -148,6 +149,23 @@ def test_every_wrong_option_says_what_there_is(tmp_path, table, code, where, mes
     assert (found.code, found.where) == (code, where)
     assert message in found.message
     assert hint is None or hint in found.hint
+
+
+@pytest.mark.parametrize(
+    ("table", "meant"),
+    [
+        ('backend = "torchao"\nweight_dtype = "int8"\ngroup_size = 0', "0"),
+        ('backend = "bnb"\nblock_size = 48', "48"),
+        ('backend = "bnb"\nweight_dtype = "int8"\nblock_size = 64', "block_size"),
+        ('backend = "mxfp4"\nblock_size = 64', "block_size"),
+        ('backend = "bbn"', '"bbn"'),
+        ('[model_quantization_config]\ntorchoa = {weight_dtype = "int4"}', "torchoa"),
+    ],
+)
+def test_the_value_is_underlined_or_the_key_whichever_is_wrong(tmp_path, table, meant):
+    found = problem(tmp_path, table)
+    start, length = found.underline
+    assert found.source_line[start - 1 : start - 1 + length] == meant
 
 
 def test_config_kwargs_of_older_configs_are_understood_with_a_warning(tmp_path):
@@ -221,3 +239,8 @@ def test_config_kwargs_without_a_meaning_are_refused(tmp_path, table, code, wher
     found = problem(tmp_path, table)
     assert (found.code, found.where) == (code, where)
     assert message in found.message
+
+
+def test_a_backend_is_known_whatever_the_case_of_its_letters(tmp_path):
+    found = problem(tmp_path, 'backend = "BNB"')
+    assert found.code == "QT015" and 'did you mean "bnb"?' in f"{found.message} {found.hint}"

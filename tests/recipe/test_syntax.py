@@ -25,6 +25,8 @@ from quantune.recipe.load import load_recipe
         ('x = "abc', (1, 9, 1), "the string does not end on its line", "close it with the quote that it begins with"),
         ("r = 1 s = 2", (1, 7, 5), 'expected the end of the line, found "s = 2"', None),
         ("x = [1, 2", (2, 1, 1), "unclosed array", None),
+        (r'x = "C:\users"', (1, 10, 1), "invalid hex value", "in single quotes a backslash is a backslash"),
+        (r'x = "C:\models"', (1, 10, 1), "unescaped '\\' in a string", "in single quotes a backslash is a backslash"),
     ],
 )
 def test_the_piece_of_text_is_named_with_what_to_write(tmp_path, text, place, message, hint):
@@ -53,6 +55,19 @@ def test_a_key_that_is_set_twice_is_shown_at_both_places(tmp_path, text, name, f
     (other,) = problem.related
     assert (other.line, *other.underline) == first and other.label == "set here first"
     assert (problem.line, *problem.underline) == again
+
+
+def test_a_table_beside_the_older_spelling_of_the_adapter_is_told_how_to_be_one(tmp_path):
+    (problem,) = problems(write(tmp_path, 'adapter = "qlora"\n' + VALID))
+    assert problem.message == 'not valid TOML: "adapter" is set twice'
+    assert problem.hint == 'write type = "qlora" under [adapter], and leave out adapter = "qlora"'
+
+
+def test_a_yaml_is_told_to_be_migrated(tmp_path):
+    path = tmp_path / "old.yaml"
+    path.write_text("base_model: org/model\nadapter: lora\n")
+    (problem,) = problems(path)
+    assert f"quantune migrate {path}" in problem.hint
 
 
 def test_no_text_makes_the_loader_fail_and_every_place_is_in_the_text(tmp_path):

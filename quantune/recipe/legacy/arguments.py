@@ -178,3 +178,8 @@ _CONFIGS: dict[str, dict[str, Callable[[str, Any], Result]]] = {
         "weight_block_size": lambda key, value: ("block_size", value),
     },
 }
+UNDERSTOOD: dict[str, tuple[str, ...]] = {
+    "bnb": (*_BITSANDBYTES, *SWITCHES),
+    **{backend: tuple(rules) for backend, rules in _CONFIGS.items()},
+}
+"""The arguments that are known, by the backend they are of."""

@@ -14,6 +14,16 @@ BACKENDS = ("bnb", "torchao", "mxfp4", "fp8")
 """The backends that older configs name."""
 GROUP_SIZES = {"int4": 128, "nf4": 64, "nvfp4": 16, "int8": 128}
 """torchao's groups where an older config names none; in quantune those of int8 are whole rows."""
+DEFAULTS: dict[tuple[str, str | None], dict[str, Any]] = {
+    ("bnb", "nf4"): {"block_size": 64, "double_quant": True},
+    ("bnb", "fp4"): {"block_size": 64, "double_quant": True},
+    ("torchao", "int4"): {"group_size": 128},
+    ("torchao", "nf4"): {"group_size": 64, "scaler_block_size": 256},
+    ("torchao", "nvfp4"): {"group_size": 16},
+    ("torchao", "int8"): {"group_size": None},
+    ("fp8", None): {"block_size": [128, 128]},
+}
+"""What `[quantization]` means by leaving keys out, by backend and weight dtype; None for what has no value."""
 _ORDER = ("backend", "weight_dtype", "group_size", "scaler_block_size", "block_size", "double_quant", "skip", "experts")
 
 
@@ -47,6 +57,11 @@ class Claim:
         """All it says about the table, implied or not."""
         return {**self.implied, **self.says}
 
+    @property
+    def name(self) -> str:
+        """The key without its value, e.g. `[model] load_in_4bit`."""
+        return self.written.partition(" = ")[0]
+
     def place(self, key: str) -> Path:
         """Where it says `key`."""
         return self.places.get(key, self.path)
@@ -54,23 +69,28 @@ class Claim:
 
 def whole_table(table: dict[str, Any], path: Path, written: str, *, canonical: bool = False) -> Claim:
     """The claim of a table that names its backend, or lacks it by mistake."""
+    backend, dtype = table.get("backend"), table.get("weight_dtype")
     implied: dict[str, Any] = {}
-    if table.get("backend") == "bnb" and "weight_dtype" not in table:
-        implied["weight_dtype"] = "nf4"
-    dtype = table.get("weight_dtype")
-    if table.get("backend") == "torchao" and "group_size" not in table and dtype in tuple(GROUP_SIZES):
-        implied["group_size"] = None if canonical and dtype == "int8" else GROUP_SIZES[dtype]
+    if backend == "bnb" and "weight_dtype" not in table:
+        implied["weight_dtype"] = dtype = "nf4"
+    if canonical and "backend" in table:
+        named = (backend, dtype) if isinstance(backend, str) and isinstance(dtype, str | None) else None
+        implied = {"experts": True, **implied, **(DEFAULTS.get(named, {}) if named is not None else {})}
+        implied = {key: value for key, value in implied.items() if key not in table}
+    elif backend == "torchao" and "group_size" not in table and dtype in tuple(GROUP_SIZES):
+        implied["group_size"] = GROUP_SIZES[dtype]
     return Claim(form="table", path=path, written=written, says=table, implied=implied, canonical=canonical)
 
 
 def contradictions(claims: Sequence[Claim]) -> Iterator[Finding]:
-    """One finding for each claim that contradicts one before it."""
+    """One finding for each two claims that contradict each other; those of one code at one key are one."""
+    seen: set[tuple[str, Path]] = set()
     for index, later in enumerate(claims):
         for earlier in claims[:index]:
             finding = _contradiction(earlier, later)
-            if finding is not None:
+            if finding is not None and (finding.code, finding.path) not in seen:
+                seen.add((finding.code, finding.path))
                 yield finding
-                break
 
 
 def _contradiction(one: Claim, other: Claim) -> Finding | None:
@@ -86,12 +106,14 @@ def _contradiction(one: Claim, other: Claim) -> Finding | None:
                 code="QT124",
                 path=part.path,
                 message=f'{part.written} has settings of backend "{part.needs}", and {_meaning(whole, "backend")}',
-                hint=f'leave it out, or write [quantization] backend = "{part.needs}"',
+                hint=f'leave it out, or name backend = "{part.needs}" in {whole.name}',
                 other=whole.place("backend"),
                 other_label=f"says {in_short(whole)}",
             )
-    both = sorted(one.means.keys() & other.means.keys() - {"skip"}, key=_rank)
-    for key in both:
+    both = one.means.keys() & other.means.keys() - {"skip"}
+    if one.canonical and other.form == "part" and other.path[:1] == one.path:
+        both -= one.implied.keys()  # what stands in the table itself completes it
+    for key in sorted(both, key=_rank):
         if one.means[key] != other.means[key]:
             return _finding(one, other, key, f"{_meaning(other, key)}, and {_meaning(one, key)}")
     return None
@@ -103,7 +125,7 @@ def _finding(one: Claim, other: Claim, key: str, message: str) -> Finding:
         code=code,
         path=other.place(key),
         message=message,
-        hint=_HINTS.get(code, "keep one of them, best [quantization]"),
+        hint=_way_out(code, one, other),
         other=one.place(key),
         other_label=f"says {in_short(one, key)}" if one.means else f"rules out bnb {' and '.join(one.denies)}",
     )
@@ -137,7 +159,7 @@ def _code(one: Claim, other: Claim) -> str:
     table = by_form.get("table")
     if switch is None or table is None:
         return "QT100"
-    if table.means.get("backend") != "bnb":
+    if "backend" in table.means and table.means["backend"] != "bnb":
         return "QT109" if switch.says else "QT100"
     if table.means.get("weight_dtype") == "int8":
         return "QT108" if switch.form == "4bit" else "QT107"
@@ -146,17 +168,31 @@ def _code(one: Claim, other: Claim) -> str:
     return "QT100" if switch.says else "QT105"
 
 
-_HINTS = {
-    "QT101": 'qlora is lora on bnb\'s nf4; for another quantization write [adapter] type = "lora"',
-    "QT102": 'for 8 bits write [adapter] type = "lora" and [quantization] backend = "bnb", weight_dtype = "int8"',
-    "QT103": 'leave out load_in_4bit, or write [adapter] type = "lora" to train on the base as it is',
-    "QT104": 'keep one: [quantization] backend = "bnb" with weight_dtype = "nf4" or "int8"',
-    "QT105": "leave out load_in_4bit, or [quantization] to train on the base as it is",
-    "QT106": 'leave out load_in_8bit, or write weight_dtype = "int8"',
-    "QT107": "leave out load_in_8bit, or the table to train on the base as it is",
-    "QT108": 'leave out load_in_4bit, or write weight_dtype = "nf4"',
-    "QT109": "leave out load_in_4bit and load_in_8bit: they are bitsandbytes'",
-}
+def _way_out(code: str, one: Claim, other: Claim) -> str:
+    """What to do about a contradiction, in the names of the keys that are there."""
+    by_form = {claim.form: claim for claim in (one, other)}
+    switch, table = by_form.get("4bit") or by_form.get("8bit"), by_form.get("table")
+    if code == "QT101":
+        return 'qlora is lora on bnb\'s nf4; for another quantization write [adapter] type = "lora"'
+    if code == "QT102":
+        return 'for 8 bits write [adapter] type = "lora" and [quantization] backend = "bnb", weight_dtype = "int8"'
+    if code == "QT104":
+        return 'keep one: [quantization] backend = "bnb" with weight_dtype = "nf4" or "int8"'
+    if switch is None or code == "QT100":
+        canonical = one.canonical or other.canonical
+        return "keep one of them, best [quantization]" if canonical else "keep one of them, best as [quantization]"
+    if code == "QT103":
+        return f'leave out {switch.name}, or write [adapter] type = "lora" to train on the base as it is'
+    assert table is not None
+    ways_out = {
+        "QT105": f"or {table.name} to train on the base as it is",
+        "QT106": f'or write weight_dtype = "int8" in {table.name}',
+        "QT107": f"or {table.name} to train on the base as it is",
+        "QT108": f'or write weight_dtype = "nf4" in {table.name}',
+    }
+    if code == "QT109":
+        return f"leave out {switch.name}: it is bitsandbytes'"
+    return f"leave out {switch.name}, {ways_out[code]}"
 
 
 def unified(claims: Sequence[Claim]) -> dict[str, Any]:

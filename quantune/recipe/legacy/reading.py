@@ -135,6 +135,7 @@ def read_adapter(document: dict[str, Any], reading: Reading) -> dict[str, Any]:
     elif isinstance(value, str):
         close = difflib.get_close_matches(value, ("lora", "qlora"), n=1)
         hint = f'did you mean "{close[0]}"?' if close else "quantune trains LoRA adapters: write [adapter]"
+        hint = "write [adapter] use_dora = true" if value == "dora" else hint
         message = f'expected a table, "lora" or "qlora", found {describe(value)}'
         reading.findings.append(Finding(code="QT013", path=path, message=message, hint=hint))
         return {**rest, "adapter": {}}
@@ -226,9 +227,16 @@ def _read_nested(old: Old, reading: Reading) -> None:
     """`{torchao = {weight_dtype = "int4"}}`: the backend as the key of its options."""
     given = {key: value for key, value in old.value.items() if value is not None} or old.value
     named = [key for key, value in given.items() if isinstance(value, dict) or value is None or key in BACKENDS]
+    strays = sorted(str(key) for key in given if key not in named)
     if len(named) > 1:
-        reading.findings.append(_several_backends(old, sorted(map(str, named))))
-    elif not named or len(given) > 1:
+        first, second = sorted(map(str, named))[:2]
+        several = _several_backends(old, sorted(map(str, named)), (*old.path, second), (*old.path, first))
+        reading.findings.append(several)
+    elif strays and named and named[0] in BACKENDS and isinstance(given[named[0]], dict):
+        message = f"{', '.join(strays)} {'stands' if len(strays) == 1 else 'stand'} beside {named[0]}'s table"
+        hint = f"move it in: {old.path[-1]} = {{{named[0]} = {{..., {strays[0]} = {toml(given[strays[0]])}}}}}"
+        reading.findings.append(Finding(code="QT116", path=(*old.path, strays[0]), message=message, hint=hint))
+    elif not named or strays:
         found = ", ".join(sorted(map(str, given))) or "nothing"
         message = f"{old.written} names no backend: expected one with its options as a table, found {found}"
         hint = "write [quantization] backend = ... with the options beside it"
@@ -239,15 +247,17 @@ def _read_nested(old: Old, reading: Reading) -> None:
     else:
         options = given[named[0]] or {}
         if options.get("backend", named[0]) != named[0]:
-            reading.findings.append(_several_backends(old, sorted([str(named[0]), str(options["backend"])])))
+            both = sorted([str(named[0]), str(options["backend"])])
+            at = (*old.path, named[0])
+            reading.findings.append(_several_backends(old, both, (*at, "backend"), at))
         else:
             _read_flat(old, (*old.path, named[0]), {**options, "backend": named[0]}, reading)
 
 
-def _several_backends(old: Old, names: list[str]) -> Finding:
+def _several_backends(old: Old, names: list[str], path: Path, other: Path) -> Finding:
     message = f"{old.written} names several backends: {', '.join(names)}"
     hint = "a base is stored in one format: write [quantization] with the backend that was meant"
-    return Finding(code="QT117", path=old.path, message=message, hint=hint)
+    return Finding(code="QT117", path=path, message=message, hint=hint, other=other, other_label="another backend")
 
 
 def _read_peft(old: Old, reading: Reading) -> None:
@@ -268,10 +278,12 @@ def _read_peft(old: Old, reading: Reading) -> None:
 def _read_flat(old: Old, path: Path, given: dict[str, Any], reading: Reading) -> None:
     """`{backend = "torchao", weight_dtype = "int4"}`: what `[quantization]` looks like."""
     backend = given["backend"]
-    table = {key: value for key, value in given.items() if value is not None and key != "config_kwargs"}
+    own = ("config_kwargs",) if backend in BACKENDS else ()  # a plugin's keys are the plugin's
+    table = {key: value for key, value in given.items() if value is not None and key not in own}
     others = sorted(str(key) for key, value in table.items() if key in BACKENDS and isinstance(value, dict))
     if others:
-        reading.findings.append(_several_backends(old, sorted({*others, str(backend)})))
+        named = sorted({*others, str(backend)})
+        reading.findings.append(_several_backends(old, named, (*path, others[0]), (*path, "backend")))
         return
     if backend in CONFIG_CLASSES.values() and table.get("weight_dtype") == backend:
         del table["weight_dtype"]  # there is one format, and this says which

@@ -68,7 +68,8 @@ def rewrite(document: dict[str, Any]) -> Rewritten:
     sources: dict[Path, Path] = {}
     if named or canonical:
         # those that contradict each other make no table, and one of them alone is good enough to look further
-        agreed = claims if len(findings) == len(reading.findings) else (named[:1] or canonical)
+        first = [claim for claim in named[:1] if not claim.canonical]
+        agreed = claims if len(findings) == len(reading.findings) else [*canonical, *first]
         rest["quantization"] = table = unified(agreed)
         sources.update(_sources(table, agreed))
     elif not isinstance(rest.get("quantization"), list | str | int | float):

@@ -121,7 +121,7 @@ def _experts_note(config: Config) -> str | None:
     backend = spelled(config).tables.get(("quantization", "backend"))
     if config.get("quantize_moe_experts") is not None or backend not in ("bnb", "torchao"):
         return None
-    return "experts = false keeps a mixture model's fused experts unpacked, as there without quantize_moe_experts"
+    return "fused experts of a mixture model are packed too; experts = false leaves them, as there by default"
 
 
 def _share(leaf: Leaf) -> Mapping[RecipePath, Any]:

@@ -310,7 +310,7 @@ def _save_strategy(leaf: Leaf) -> Outcome:
         return same()
     if name == "epoch":
         return write("checkpoint.per_epoch", 1)
-    return drop("one checkpoint is written at the end all the same")
+    return same("one checkpoint is written at the end all the same")
 
 
 def _keep(leaf: Leaf) -> Outcome:

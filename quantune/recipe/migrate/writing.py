@@ -92,7 +92,8 @@ def _left_out(report: Report) -> list[str]:
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH - 2, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    indent = "  " if text.startswith("- ") else ""
+    return textwrap.wrap(text, WIDTH - 2, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _ordered(table: dict[str, Any], path: tuple[str | int, ...]) -> list[str]:
