@@ -71,6 +71,13 @@ class RunFolder:
         """Write what the run was made of."""
         write_file_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
+    def fingerprints(self) -> dict[str, Any]:
+        """What the manifest says the run was made of, empty where it says nothing."""
+        try:
+            return dict(json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))["fingerprints"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
     def write_status(self, state: State, step: int) -> None:
         """Write where the run stands."""
         write_file_atomically(self.path / STATUS, json.dumps({"state": state, "step": step}) + "\n")

@@ -67,7 +67,7 @@ class ConsoleObserver:
         notes = "".join(f", [yellow]{count:,} {what}[/]" for what, count in lost.items() if count)
         held_out = f", {counts.held_out:,} held out" if counts.held_out else ""
         err.print(
-            f"[bold]{name}[/]: {counts.kept:,} of {counts.rows:,} rows, {counts.tokens:,} tokens, "
+            f"[bold]{name}[/]: {counts.kept:,} samples of {counts.rows:,} rows, {counts.tokens:,} tokens, "
             f"{counts.target_tokens:,} of them targets{held_out}{notes}"
         )
         if counts.packed_rows:

@@ -17,18 +17,26 @@ from quantune.recipe.structure import Finding
 
 
 def open_recipe(
-    path: Path, overrides: Sequence[str] = (), *, data: bool = True, warned: Callable[[Problem], None] = warn
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    data: bool = True,
+    resume: bool = False,
+    warned: Callable[[Problem], None] = warn,
 ) -> Recipe:
     """Load and check a recipe and the files it names; its paths are absolute afterwards.
 
-    Without `data` the data files may be gone: answering needs the base alone. `warned` is given each warning.
+    Without `data` the data files may be gone: answering needs the base alone. With `resume` the adapter to start from
+    may be gone: the checkpoint has its weights. `warned` is given each warning.
 
     Raises:
         RecipeError: with every problem there is.
     """
 
+    start = data and not resume
+
     def files(recipe: Recipe) -> list[Finding]:
-        return file_findings(with_absolute_paths(recipe, path), data=data)
+        return file_findings(with_absolute_paths(recipe, path), data=data, start=start)
 
     loaded = load_recipe(
         path, options_of=options_of, backends_with=backends_with_option, overrides=overrides, files=files
@@ -36,5 +44,5 @@ def open_recipe(
     for warning in loaded.warnings:
         warned(warning)
     recipe = with_absolute_paths(loaded.recipe, path)
-    check_files(loaded, recipe, data=data, format_problem=format_problem)
+    check_files(loaded, recipe, data=data, start=start, format_problem=format_problem)
     return recipe

@@ -30,7 +30,7 @@ def run(
     """Train a LoRA adapter as a recipe says."""
     if resume and overwrite:
         raise InputError("--resume goes on with a run and --overwrite starts it again; give one of them")
-    checked = open_recipe(recipe, overrides or ())
+    checked = open_recipe(recipe, overrides or (), resume=resume)
 
     from quantune.checkpoint.run_folder import Mode, RunFolder
 

@@ -9,6 +9,7 @@ What the other roles say is what changes when something else is said in its plac
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Sequence
 from functools import lru_cache
@@ -161,6 +162,36 @@ def end_marker(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     except DataError:  # e.g. a template that insists on a system message
         found, tail = "", ""
     return (tail.rstrip() if found else "") or str(tokenizer.eos_token or "")
+
+
+def end_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the chat template ends an answer with; None where that is no token of its own, or there is no
+    template."""
+    return tokenizer.get_added_vocab().get(_end_text(tokenizer))
+
+
+def endless(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A sentence on a chat template whose answers end with nothing that stops generation; None if they do.
+
+    Such a template is written for another tokenizer, and its marker is ordinary text here.
+    """
+    marker = _end_text(tokenizer)
+    ids = tokenizer(marker, add_special_tokens=False, verbose=False).input_ids
+    if not ids or tokenizer.eos_token_id in ids or end_token_id(tokenizer) is not None:
+        return None
+    found = f"{len(ids)} tokens" if len(ids) > 1 else "an ordinary token"
+    return (
+        f"the chat template ends an answer with {marker}, which is {found} of this tokenizer: answers will run on. "
+        f"Make it the end token, [model.special_tokens] eos_token = {json.dumps(marker)}, or use another chat_template"
+    )
+
+
+def _end_text(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the chat template puts after an answer, empty where there is no template."""
+    try:
+        return end_marker(tokenizer, str(tokenizer.get_chat_template())).strip()
+    except ValueError:
+        return ""
 
 
 def _tokenize(

@@ -103,14 +103,14 @@ def build(
                 loss_on=source.loss_on,
                 train_on_eos=source.train_on_eos,
             )
-            for fitted in _fit(sample, config, source.format, counts):
+            for fitted in _fit(attrs.evolve(sample, row=counts.rows), config, source.format, counts):
                 _check_vocabulary(fitted, tokenizer, vocabulary_size)
                 samples.append(fitted)
         if len(samples) == before[1]:
             unused.append(f"{describe(source)}: none of its {counts.rows - before[0]} rows can be used")
     count_samples(samples, counts)
     if not samples:
-        raise DataError(_nothing_left(counts, config))
+        raise DataError(_nothing_left(counts, config, sources))
     if observer is not None:
         for warning in unused:
             observer.warning(warning)
@@ -130,9 +130,10 @@ def _fit(sample: Sample, config: DataConfig, format_: str, counts: Counts) -> It
     pieces = [sample]
     if length > config.max_length:
         if config.overlong == "error":
+            others = ', "truncate" or "split"' if format_ == "completion" else ' or "truncate"'
             raise DataError(
                 f"{sample.where}: {length} tokens, more than max_length = {config.max_length}; "
-                'raise it, or set [data] overlong = "drop" or "truncate"'
+                f'raise it, or set [data] overlong = "drop"{others}'
             )
         if config.overlong == "truncate":
             counts.truncated += 1
@@ -171,6 +172,12 @@ def _cut(sample: Sample, begin: int, end: int) -> Sample:
     )
 
 
+def _roles(source: SourceConfig) -> Sequence[str]:
+    if isinstance(source.loss_on, str):
+        return ("assistant",)
+    return source.loss_on
+
+
 def _check_vocabulary(sample: Sample, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int | None) -> None:
     if vocabulary_size is None or int(sample.input_ids.max()) < vocabulary_size:
         return
@@ -182,7 +189,7 @@ def _check_vocabulary(sample: Sample, tokenizer: PreTrainedTokenizerBase, vocabu
     )
 
 
-def _nothing_left(counts: Counts, config: DataConfig) -> str:
+def _nothing_left(counts: Counts, config: DataConfig, sources: Sequence[SourceConfig]) -> str:
     why = []
     if counts.dropped_overlong:
         why.append(f"{counts.dropped_overlong} are longer than max_length = {config.max_length}")
@@ -193,6 +200,7 @@ def _nothing_left(counts: Counts, config: DataConfig) -> str:
     if counts.dropped_overlong or counts.truncated:
         advice.append("raise [data] max_length")
     if counts.zero_target > counts.truncated:
-        advice.append('check that the rows hold assistant messages, or set loss_on = "all"')
+        roles = dict.fromkeys(role for source in sources for role in _roles(source))
+        advice.append(f'check that the rows hold {" or ".join(roles)} messages, or set loss_on = "all"')
     reason = " and ".join(why) or "there are none"
     return f"none of the {counts.rows} rows can be used: {reason}. What helps: {'; '.join(advice) or 'add a source'}"

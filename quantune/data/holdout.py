@@ -25,7 +25,7 @@ def hold_out(dataset: Dataset, size: int | float, seed: int) -> tuple[Dataset, D
     Raises:
         DataError: nothing would be left to train on.
     """
-    texts = [list(pieces) for _, pieces in itertools.groupby(dataset.samples, key=lambda sample: sample.where)]
+    texts = [list(pieces) for _, pieces in itertools.groupby(dataset.samples, key=lambda sample: sample.row)]
     count = size if isinstance(size, int) else math.ceil(round(size * len(texts), 6))
     if count >= len(texts):
         raise DataError(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import attrs
 from transformers import PreTrainedTokenizerBase
 
+from quantune.data.chat import endless
 from quantune.data.dataset import DataObserver, Dataset, build
 from quantune.data.holdout import hold_out
 from quantune.data.packing import pack
@@ -41,9 +42,18 @@ def prepare(
         return build(sources, config, tokenizer, vocabulary_size=vocabulary_size, observer=observer)
 
     train = read(config.train)
+    warning = endless(tokenizer) if any(map(_ends_answers, config.train)) else None
+    if warning is not None and observer is not None:
+        observer.warning(warning)
     held_out = read(config.eval) if config.eval else None
     if config.eval_size is not None:
         train, held_out = hold_out(train, config.eval_size, seed)
     if config.packing:
         train = pack(train, config.max_length, keep_order=not config.shuffle)
     return RunData(train=train, eval=held_out)
+
+
+def _ends_answers(source: SourceConfig) -> bool:
+    """Whether a source teaches the end of answers as the chat template writes it."""
+    rendered = source.format == "chat" or (source.format == "instruct" and source.template is None)
+    return rendered and source.train_on_eos != "none"

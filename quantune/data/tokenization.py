@@ -28,6 +28,8 @@ class Sample:
     """How many leading tokens make the prompt of the last answer, 0 where there is none."""
     reference: str | None = None
     """The last answer's text, None where there is none to compare with."""
+    row: int = 0
+    """The number of that row among all that were read; the pieces of one text share it."""
     positions: np.ndarray | None = None
     """Shape (length,), int32: where each token stands in its own sample, for several samples packed into one row."""
 

@@ -18,7 +18,7 @@ from quantune.model.initialization import Initialization, initialization
 from quantune.model.load import packed_weights
 from quantune.model.lora_experts import ParamWrapper
 from quantune.model.lora_layer import QuantLoraLinear
-from quantune.model.targets import has_suffix, head_names, match_parameters, match_targets, peft_targets
+from quantune.model.targets import above, has_suffix, head_names, match_parameters, match_targets, peft_targets
 from quantune.quantized import experts
 from quantune.quantized.linear import QuantLinear
 from quantune.recipe.schema import AdapterConfig
@@ -141,7 +141,7 @@ def build_initialization(model: PreTrainedModel, config: AdapterConfig, *, seed:
         name
         for name in match_targets(model, config)
         if isinstance(model.get_submodule(name), nn.Linear)  # embeddings begin at zero
-        and not any(has_suffix(_above(name, module), module) for module in trained_in_full)
+        and not any(above(name, module) for module in trained_in_full)
     ]
     return initialization(config, names, seed=seed)
 
@@ -217,17 +217,3 @@ def _compute_in_fp32(module: nn.Module, outside: torch.dtype) -> None:
 
     module.register_forward_pre_hook(lambda _, inputs: cast(inputs, torch.float32))
     module.register_forward_hook(lambda _, inputs, output: cast(output, outside))
-
-
-def _above(name: str, module: str) -> str:
-    """The part of a layer's name down to a module of the name `module` that the layer is in; empty where it is in none.
-
-    >>> _above("model.layers.0.mlp.up_proj", "mlp")
-    'model.layers.0.mlp'
-    """
-    parts = name.split(".")
-    wanted = module.split(".")
-    for end in range(len(parts), len(wanted) - 1, -1):
-        if parts[end - len(wanted) : end] == wanted:
-            return ".".join(parts[:end])
-    return ""

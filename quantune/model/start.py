@@ -43,10 +43,13 @@ UNCHANGED_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 """Initializations that leave the base as it was."""
 
 
-def check_start(folder: Path, skeleton: PreTrainedModel, config: AdapterConfig) -> None:
+def check_start(
+    folder: Path, skeleton: PreTrainedModel, config: AdapterConfig, added_tokens: Mapping[str, int] | None = None
+) -> None:
     """Require that the adapter in `folder` is of the kind that `config` asks for.
 
-    `skeleton`, the base on the meta device, gets an adapter and is of no use afterwards.
+    `skeleton`, the base on the meta device, gets an adapter and is of no use afterwards. `added_tokens` are those that
+    the recipe adds to the vocabulary, with their ids: their rows are in the adapter.
 
     Raises:
         ModelError: it is no adapter, or another one; names every difference and what to write.
@@ -66,6 +69,7 @@ def check_start(folder: Path, skeleton: PreTrainedModel, config: AdapterConfig) 
     problems += _tensor_problems(
         _shapes(folder), {name: tuple(tensor.shape) for name, tensor in expected.items()}, saved, bool(problems)
     )
+    problems += _token_problems(folder, added_tokens or {})
     if problems:
         raise ModelError(
             f"[adapter] start_from: the adapter in {folder} is not the one that this table asks for: "
@@ -165,6 +169,25 @@ def _tensor_problems(
         f"{name} has the shape {list(found[name])} there, {list(expected[name])} here: it was trained on another base"
         for name in [name for name in sorted(found) if found[name] != expected[name]][:1]
     ]
+
+
+def _token_problems(folder: Path, added: Mapping[str, int]) -> list[str]:
+    """A sentence on the first token whose row is another token's in the adapter; a run saves its tokenizer with it."""
+    file = folder / "tokenizer.json"
+    if not added or not file.is_file():
+        return []
+    try:
+        there = {
+            token["id"]: token["content"] for token in json.loads(file.read_text(encoding="utf-8"))["added_tokens"]
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"[adapter] start_from: {file} can't be read: {error!r}") from error
+    return [
+        f"the row of the added token {json.dumps(token)} is that of {json.dumps(there[index])} there (add the same "
+        "tokens to [model] in the same order)"
+        for token, index in added.items()
+        if there.get(index, token) != token
+    ][:1]
 
 
 def _layers(names: Iterable[str]) -> set[str]:

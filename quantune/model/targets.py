@@ -67,8 +67,16 @@ def _match_list(model: PreTrainedModel, targets: tuple[str, ...], linears: list[
     return [name for name in named if name in matched]
 
 
+def _names(config: AdapterConfig, name: str) -> bool:
+    """Whether `targets` means a layer that it covers, which `all-linear` does not say of any one."""
+    if isinstance(config.targets, str):
+        return config.targets != ALL_LINEAR
+    return any(target != ALL_LINEAR and has_suffix(name, target) for target in config.targets)
+
+
 def _check_full(model: PreTrainedModel, config: AdapterConfig, matched: list[str]) -> None:
-    """Require that `modules_to_save` names modules, and that what is split or trained in full is not shared."""
+    """Require that `modules_to_save` names modules, that what is split or trained in full is not shared, and that
+    nothing is both adapted and trained in full."""
     names = [name for name, _ in model.named_modules()]
     for module in config.modules_to_save:
         if not any(has_suffix(name, module) for name in names):
@@ -85,6 +93,13 @@ def _check_full(model: PreTrainedModel, config: AdapterConfig, matched: list[str
             f'[adapter] targets covers "{_leaf(adapted[0])}" and modules_to_save "{_leaf(full[0])}", which are one '
             "weight in this base; name them in one of the two"
         )
+    for name in matched:
+        saved = next((module for module in config.modules_to_save if above(name, module)), None)
+        if saved is not None and _names(config, name):
+            raise ModelError(
+                f'[adapter] targets covers "{name}", which modules_to_save = ["{saved}"] trains in full; name it in '
+                "one of the two"
+            )
     if config.init in SPLITTING:
         whole = [name for name in _beside(model) if name in matched]
         if whole:
@@ -212,6 +227,20 @@ def require_trained_tokens(model: PreTrainedModel, additions: Additions, config:
 def has_suffix(name: str, suffix: str) -> bool:
     """Whether the last parts of a dotted name are `suffix`."""
     return name == suffix or name.endswith("." + suffix)
+
+
+def above(name: str, module: str) -> str:
+    """The part of a layer's name down to a module of the name `module` that the layer is in; empty where it is in none.
+
+    >>> above("model.layers.0.mlp.up_proj", "mlp")
+    'model.layers.0.mlp'
+    """
+    parts = name.split(".")
+    wanted = module.split(".")
+    for end in range(len(parts), len(wanted) - 1, -1):
+        if parts[end - len(wanted) : end] == wanted:
+            return ".".join(parts[:end])
+    return ""
 
 
 def head_names(model: PreTrainedModel) -> list[str]:

@@ -43,13 +43,21 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> Addit
     """Give the tokenizer the tokens of a recipe, in place.
 
     Raises:
-        ModelError: the tokenizer frames texts with a token of its own in a way that can't be changed.
+        ModelError: an added token is an ordinary one already, or the tokenizer frames texts with a token of its own in
+            a way that can't be changed.
     """
     special, multiple = config.special_tokens, config.pad_vocabulary_to_multiple_of or 1
     if special == SpecialTokensConfig() and not config.added_tokens:
         return Additions(multiple=multiple)
     roles = {role: getattr(special, role) for role in ROLES if getattr(special, role) is not None}
     before = set(tokenizer.get_vocab())
+    for token in config.added_tokens:
+        if token in before and token not in tokenizer.get_added_vocab():
+            raise ModelError(
+                f"[model] added_tokens: {json.dumps(token)} is an ordinary token of the vocabulary already; added, it "
+                "would be cut out of every word that holds it. Leave it out, or if that is what you want name it in "
+                "[model.special_tokens] additional_special_tokens"
+            )
     replaced = {getattr(tokenizer, role): token for role, token in roles.items() if role in ("bos_token", "eos_token")}
     tokenizer.add_special_tokens(
         {**roles, "extra_special_tokens": list(special.additional_special_tokens)}, replace_extra_special_tokens=False

@@ -183,10 +183,13 @@ def _chat(source: SourceConfig) -> Iterable[SourceFinding]:
         if others:
             yield "roles", "QT020", f'"{name}" is the name of two roles, {role} and {others[0]}', None
             break
-    keys = list(source.message_keys.values())
+    keys = list({"role": "role", "content": "content", **source.message_keys}.values())
     if len(set(keys)) != len(keys):
         twice = next(key for key in keys if keys.count(key) > 1)
         yield "message_keys", "QT020", f'two keys of a message are read from "{twice}"', None
+    if source.drop_system_message and not isinstance(source.loss_on, str) and "system" in source.loss_on:
+        message = "loss_on trains on what the system message says, and drop_system_message leaves it out"
+        yield "loss_on", "QT020", message, "remove one of them"
     if source.loss_on == "all" and source.train_on_eos != "turn":
         message = 'train_on_eos has no meaning beside loss_on = "all", which trains on every token'
         yield "train_on_eos", "QT021", message, f"list roles: loss_on = {json.dumps(ROLES)}"
@@ -387,6 +390,18 @@ def _dropout(adapter: AdapterConfig) -> Iterable[Finding]:
         )
 
 
+def _tokens(model: ModelConfig) -> Iterable[Finding]:
+    seen: set[str] = set()
+    special = model.special_tokens.additional_special_tokens
+    for key, tokens in (("added_tokens", model.added_tokens), ("special_tokens", special)):
+        path = ("model", key) if key == "added_tokens" else ("model", key, "additional_special_tokens")
+        twice = next((token for index, token in enumerate(tokens) if token in (*seen, *tokens[:index])), None)
+        if twice is not None:
+            message = f"{json.dumps(twice)} is added to the vocabulary twice"
+            yield Finding(code="QT020", path=path, message=message, hint="name it once")
+        seen.update(tokens)
+
+
 def _constant(training: TrainingConfig) -> Iterable[Finding]:
     if training.schedule == "constant" and training.min_lr_ratio > 0:
         message = 'min_lr_ratio has no meaning for schedule = "constant", which ends at the peak'
@@ -402,8 +417,8 @@ def _never_evaluated(evaluation: EvaluationConfig, data: DataConfig, training: T
     if not data.eval or evaluation.at_start or evaluation.at_end:
         return
     every, steps = evaluation.every_steps, training.max_steps
-    if evaluation.per_epoch is None and (every is None or (steps is not None and every >= steps)):
-        when = "at_start, every_steps or per_epoch" if every is None else f"every_steps = {every} before the run's end"
+    if evaluation.per_epoch is None and (every is None or (steps is not None and every > steps)):
+        when = "at_start, every_steps or per_epoch" if every is None else f"every_steps = {every} within {steps} steps"
         yield Finding(
             code="QT022",
             path=("evaluation", "at_end"),
@@ -431,11 +446,6 @@ def _evaluation_details(evaluation: EvaluationConfig, data: DataConfig) -> Itera
             if getattr(evaluation, key) != getattr(defaults, key):
                 message = f"{key} says how to evaluate, and there is nothing to evaluate on"
                 yield Finding(code="QT022", path=("evaluation", key), message=message, hint="add [[data.eval]]")
-    if evaluation.max_new_tokens != defaults.max_new_tokens and not evaluation.exact_match:
-        message = "max_new_tokens limits the answers that exact_match generates, and it is false"
-        yield Finding(
-            code="QT021", path=("evaluation", "max_new_tokens"), message=message, hint="set exact_match = true"
-        )
 
 
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
@@ -451,6 +461,7 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
     (("evaluation", "checkpoint"), _periods),
     (("training", "model"), _on_a_cpu),
     (("model",), _model_config),
+    (("model",), _tokens),
     (("adapter",), _dropout),
     (("training",), _constant),
     (("evaluation", "data", "training"), _never_evaluated),

@@ -37,27 +37,35 @@ FormatCheck = Callable[[Mapping[str, Any], QuantizationConfig | None], FormatPro
 
 
 def check_files(
-    loaded: LoadedRecipe, recipe: Recipe, *, data: bool = True, format_problem: FormatCheck = lambda *_: None
+    loaded: LoadedRecipe,
+    recipe: Recipe,
+    *,
+    data: bool = True,
+    start: bool = True,
+    format_problem: FormatCheck = lambda *_: None,
 ) -> None:
     """Check the files of `recipe`, which is `loaded.recipe` with absolute paths.
 
     Raises:
         RecipeError: files are missing, empty or not what they should be.
     """
-    findings = file_findings(recipe, data=data, format_problem=format_problem)
+    findings = file_findings(recipe, data=data, start=start, format_problem=format_problem)
     if findings:
         raise loaded.error(findings)
 
 
-def file_findings(recipe: Recipe, *, data: bool = True, format_problem: FormatCheck = lambda *_: None) -> list[Finding]:
-    """What is wrong with the files of a recipe with absolute paths; with `data` also of those that only training reads.
+def file_findings(
+    recipe: Recipe, *, data: bool = True, start: bool = True, format_problem: FormatCheck = lambda *_: None
+) -> list[Finding]:
+    """What is wrong with the files of a recipe with absolute paths; with `data` also with those of samples, with
+    `start` with the adapter that training starts from.
 
     `format_problem` says what is wrong with a base that is already quantized, given what its `config.json` says of
     that, and `[quantization]`.
     """
     findings: list[Finding] = []
     rules = [("model", "base", _base), ("model", "tokenizer", _tokenizer), ("model", "chat_template", _chat_template)]
-    if data:
+    if start:
         rules.append(("adapter", "start_from", _start_from))
     for section, key, rule in rules:
         try:

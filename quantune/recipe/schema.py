@@ -248,7 +248,8 @@ class TrainingConfig:
     """Compute dtype of the base. `auto`: bf16 where the device has fast bf16 arithmetic, otherwise fp32. Adapters and
     optimizer state are always fp32."""
     tf32: bool = False
-    """Let a GPU compute fp32 matrix products in TF32: faster, with 10 bits of mantissa."""
+    """Let a GPU compute fp32 matrix products in TF32: faster, with 10 bits of mantissa. With `precision = "bf16"` only
+    what is trained computes in fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; `auto` takes a GPU when there is one."""
     seed: int = attrs.field(default=42, validator=at_least(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from quantune.data.chat import end_token_id
 from quantune.data.collate import collate, collate_prompts
 from quantune.data.tokenization import Sample
 from quantune.recipe.schema import EvaluationConfig
@@ -73,19 +75,23 @@ def generate(
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     )
+    ends = _end_tokens(model, tokenizer)
     tokens = model.generate(  # type: ignore[operator]  # transformers' and PEFT's models have it
         input_ids=input_ids,
         attention_mask=attention_mask,
         generation_config=GenerationConfig(
             max_new_tokens=max_new_tokens,
-            eos_token_id=_end_tokens(model, tokenizer),
+            eos_token_id=ends or None,
             pad_token_id=pad_id,
             num_beams=1,
             repetition_penalty=1.0,
             **sampling,
         ),
     )
-    return tokenizer.batch_decode(tokens[:, input_ids.shape[1] :], skip_special_tokens=True)
+    answers = tokens[:, input_ids.shape[1] :].tolist()
+    # an end token is not always a special one, which decoding leaves out
+    answers = [list(itertools.takewhile(lambda token_id: token_id not in ends, answer)) for answer in answers]
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
 
 
 @torch.no_grad()
@@ -134,8 +140,9 @@ def _answers(
     return answers
 
 
-def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """Every id that ends an answer: the tokenizer's, and those the model's own generation settings name."""
+def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends an answer: the tokenizer's, the chat template's, and those the model's own generation settings
+    name."""
     declared = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    ids = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])}
-    return sorted(token_id for token_id in ids if isinstance(token_id, int)) or None
+    ids = {tokenizer.eos_token_id, end_token_id(tokenizer), *(declared if isinstance(declared, list) else [declared])}
+    return sorted(token_id for token_id in ids if isinstance(token_id, int))

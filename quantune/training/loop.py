@@ -23,7 +23,7 @@ from quantune.data.dataset import Dataset
 from quantune.data.order import step_indices
 from quantune.data.tokenization import Sample
 from quantune.errors import NonFiniteError
-from quantune.recipe.schema import Recipe
+from quantune.recipe.schema import EvaluationConfig, Recipe
 from quantune.training.loss import Loss
 from quantune.training.observer import EvaluationResult, Observer, StepMetrics
 from quantune.training.optimizer import set_learning_rate
@@ -116,14 +116,21 @@ def fit(job: Job, progress: Progress, hooks: Hooks, observer: Observer, stop: St
         hooks.record(metrics)
         observer.step(metrics)
         last = progress.step == job.total_steps
-        at_end = last and recipe.evaluation.at_end
-        if at_end or (_due(progress.step, recipe.evaluation.every_steps) and not last and stop.signal is None):
+        due = evaluation_due(recipe.evaluation, progress.step, job.total_steps)
+        if due and (last or stop.signal is None):  # a run that is to stop makes up for it when it is resumed
             hooks.evaluate(progress.step)
         if last or stop.signal is not None or _due(progress.step, recipe.checkpoint.every_steps):
             hooks.save(progress)
         if stop.signal is not None and not last:
             return False
     return True
+
+
+def evaluation_due(config: EvaluationConfig, step: int, total: int) -> bool:
+    """Whether a run of `total` steps evaluates after step `step`, at 0 before the first one."""
+    if step == 0:
+        return config.at_start
+    return _due(step, config.every_steps) or (step == total and config.at_end)
 
 
 def train_step(job: Job, step: int) -> StepMetrics:

@@ -35,12 +35,14 @@ def resolve(recipe: Recipe, *, device: torch.device, sample_count: int, longest:
             f"({sample_count} samples, {training.batch_size} a step); lower warmup_steps, or raise epochs or max_steps"
         )
     evaluation = _every_steps(recipe.evaluation, sample_count / training.batch_size)
-    never = evaluation.every_steps is None or evaluation.every_steps >= total
+    never = evaluation.every_steps is None or evaluation.every_steps > total
     if recipe.data.eval and never and not (evaluation.at_start or evaluation.at_end):
         every = "no every_steps" if evaluation.every_steps is None else f"every_steps = {evaluation.every_steps}"
+        if recipe.evaluation.per_epoch is not None:
+            every = f"per_epoch = {recipe.evaluation.per_epoch}, which is every {evaluation.every_steps} steps"
         raise InputError(
-            f"[[data.eval]] is never evaluated in a run of {total} steps with {every}, at_start = false and at_end = "
-            f"false in [evaluation]; set one of them, or remove [[data.eval]]"
+            f"[[data.eval]] is never evaluated in a run of {total} steps with {every}, at_start = false and "
+            f"at_end = false in [evaluation]; set one of them, or remove [[data.eval]]"
         )
     micro, checkpointing = training.micro_batch_size, training.activation_checkpointing
     return attrs.evolve(

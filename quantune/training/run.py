@@ -18,7 +18,7 @@ from quantune.checkpoint.run_folder import RunFolder
 from quantune.checkpoint.state import load_state, save_state
 from quantune.data.dataset import Dataset
 from quantune.data.prepare import prepare
-from quantune.errors import CheckpointError, InterruptedRun
+from quantune.errors import CheckpointError, InputError, InterruptedRun
 from quantune.model import adapter, targets
 from quantune.model.activations import offloading, recompute_blocks
 from quantune.model.base import Base, open_base, require_attention, skeleton
@@ -26,11 +26,12 @@ from quantune.model.compilation import compile_blocks, require_compiler, suspend
 from quantune.model.device import DTYPES, choose_device, tf32
 from quantune.model.initialization import Initialization
 from quantune.model.load import check_plan, load_model, module_table, packed_fingerprint
+from quantune.model.quantizer import quantizable_experts
 from quantune.model.start import check_start, load_start
 from quantune.recipe.resolve import to_dict, to_toml
 from quantune.recipe.schema import Recipe
 from quantune.training.evaluate import evaluate
-from quantune.training.loop import Hooks, Job, Progress, StopRequest, fit
+from quantune.training.loop import Hooks, Job, Progress, StopRequest, evaluation_due, fit
 from quantune.training.loss import Loss, build_loss
 from quantune.training.memory import measure_peak
 from quantune.training.observer import EvaluationResult, ModelSummary, Observer, StepMetrics
@@ -40,6 +41,10 @@ from quantune.training.resolve import resolve, without_effect
 
 UNCHANGEABLE = ("model", "quantization", "adapter", "training")
 """Sections that must be the same when a run is resumed; the data is compared by its tokens."""
+ORDER_AND_SHAPES = ("shuffle", "packing", "pad_to_max_length")
+"""Keys of `[data]` that change the run and not the tokens."""
+START = "the adapter that training starts from"
+"""Its name among the fingerprints."""
 
 
 @attrs.frozen(kw_only=True)
@@ -83,8 +88,19 @@ def train(
     if recipe.quantization is not None:
         check_plan(meta, recipe.quantization, device, base.stored)
         targets.require_packed_target(meta, recipe.adapter, recipe.quantization, base.stored)
-    if recipe.adapter.start_from is not None:
-        check_start(Path(recipe.adapter.start_from), skeleton(base), recipe.adapter)
+    start = None if recipe.adapter.start_from is None or resume else Path(recipe.adapter.start_from)
+    if start is not None:  # a resumed run has the weights of its checkpoint
+        if start.resolve().is_relative_to(folder.path.resolve()):
+            raise InputError(
+                f"[adapter] start_from: {start} lies in the folder of this run, which is cleared when the run starts; "
+                "choose another [output] dir"
+            )
+        vocabulary = base.tokenizer.get_vocab()
+        added = {token: vocabulary[token] for token in base.additions.tokens}
+        check_start(start, skeleton(base), recipe.adapter, added)
+    if recipe.quantization is not None and not recipe.quantization.experts:
+        if next(quantizable_experts(meta, ()), None) is None:
+            observer.warning("[quantization] experts = false has no effect: this base has no fused experts")
     beside = targets.left_out(meta) if targets.takes_all_linear(recipe.adapter) else []
     if beside:
         observer.warning(
@@ -111,7 +127,7 @@ def train(
 
     observer.phase("loading the base")
     split = adapter.build_initialization(meta, recipe.adapter, seed=recipe.training.seed)
-    model, summary, packed = _load(recipe, base, device, split)
+    model, summary, packed = _load(recipe, base, device, split, start)
     observer.model(summary)
     parameters = adapter.trainable_parameters(model)
     optimizer = build_optimizer(parameters, recipe.training)
@@ -128,6 +144,10 @@ def train(
         compile_blocks(inner)
 
     fingerprints = {**_fingerprints(recipe, base, dataset), "the packed weights": packed}
+    if recipe.adapter.start_from is not None:
+        begun_with = Path(recipe.adapter.start_from)
+        gone = resume and not begun_with.is_dir()
+        fingerprints[START] = folder.fingerprints().get(START) if gone else hash_files(begun_with.glob("adapter_*"))
     if recipe.data.eval_size is not None and held_out is not None:
         fingerprints["the tokens of the held-out data"] = held_out.fingerprint()
     if split is not None:
@@ -199,8 +219,9 @@ def train(
         layout=layout,
     )
     with StopRequest().listening() as stop, tf32(recipe.training.tf32):
-        if recipe.evaluation.at_start and progress.step == 0:
-            run_evaluation(0)
+        due = evaluation_due(recipe.evaluation, progress.step, job.total_steps)
+        if due and not _evaluated(folder, progress.step):  # a run that is asked to stop does not wait for it
+            run_evaluation(progress.step)
         finished = fit(job, progress, Hooks(record=record, evaluate=run_evaluation, save=save), observer, stop)
         if not finished:
             folder.write_status("interrupted", progress.step)
@@ -217,9 +238,9 @@ def train(
 
 
 def _load(
-    recipe: Recipe, base: Base, device: torch.device, split: Initialization | None
+    recipe: Recipe, base: Base, device: torch.device, split: Initialization | None, start: Path | None
 ) -> tuple[PeftModel, ModelSummary, str]:
-    """The base with a fresh adapter, what to say of it, and the fingerprint of its packed weights."""
+    """The base with an adapter, fresh or from `start`, what to say of it, and the fingerprint of its packed weights."""
     begun = time.perf_counter()
     dtype = DTYPES[recipe.training.precision]
     with measure_peak(device) as peak:
@@ -228,8 +249,8 @@ def _load(
     peft_model = adapter.attach(
         model, recipe.adapter, base_name=base.source, seed=recipe.training.seed, initialization=split
     )
-    if recipe.adapter.start_from is not None:
-        load_start(peft_model, Path(recipe.adapter.start_from))
+    if start is not None:
+        load_start(peft_model, start)
     summary = ModelSummary(
         base=base.name,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -247,13 +268,14 @@ def _fingerprints(recipe: Recipe, base: Base, dataset: Dataset) -> dict[str, Any
     """What a resumed run must share with the run that wrote the checkpoint."""
     document = to_dict(recipe)
     prints: dict[str, Any] = {f"[{section}]": document.get(section) for section in UNCHANGEABLE}
+    prints["[data]"] = {key: document["data"][key] for key in ORDER_AND_SHAPES}
+    if recipe.data.pad_to_max_length:
+        prints["[data]"]["max_length"] = recipe.data.max_length
     prints["the tokens of the training data"] = dataset.fingerprint()
     if base.folder is not None:
         prints["the files of the base"] = hash_files(base.folder.glob("*.safetensors"))
     else:
         prints["the revision of the base"] = getattr(base.config, "_commit_hash", None)
-    if recipe.adapter.start_from is not None:
-        prints["the adapter that training starts from"] = hash_files(Path(recipe.adapter.start_from).glob("adapter_*"))
     return prints
 
 
@@ -272,6 +294,10 @@ def _restore(
     page_state(optimizer)
     folder.metrics.truncate_after(progress.step)
     return progress
+
+
+def _evaluated(folder: RunFolder, step: int) -> bool:
+    return any(row["event"] == "evaluation" and row["step"] == step for row in folder.metrics.rows())
 
 
 def _publish_adapter(model: PeftModel, base: Base, folder: RunFolder) -> None:

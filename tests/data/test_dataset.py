@@ -83,22 +83,33 @@ def test_truncated_samples_keep_their_start_and_are_counted(tmp_path, tokenizer)
 
 
 def test_an_overlong_sample_can_be_an_error(tmp_path, tokenizer):
-    with pytest.raises(DataError, match=r"d.jsonl:2: 60 tokens, more than max_length = 30"):
+    with pytest.raises(DataError, match=r"d.jsonl:2: 60 tokens, more than max_length = 30.*truncate\"$"):
         dataset(tmp_path, tokenizer, ROWS, {"max_length": 30, "overlong": "error"})
+    with pytest.raises(DataError, match='"drop", "truncate" or "split"$'):
+        dataset(tmp_path, tokenizer, [{"text": "a" * 50}], {"max_length": 30, "overlong": "error"}, "completion")
 
 
 @pytest.mark.parametrize(
-    ("rows", "config", "message"),
+    ("rows", "config", "loss_on", "message"),
     [
-        (ROWS[2:], {}, "none of the 1 rows can be used: 1 have no target token"),
-        (ROWS[1:2], {"max_length": 20}, "1 are longer than max_length = 20"),
-        (ROWS[1:2], {"max_length": 4, "overlong": "truncate"}, "1 have no target token (1 were cut to max_length = 4)"),
-        ([], {}, "d.jsonl: expected at least one row, found none"),
+        (ROWS[2:], {}, "assistant", "none of the 1 rows can be used: 1 have no target token"),
+        (ROWS[2:], {}, "assistant", "check that the rows hold assistant messages, or"),
+        (ROWS[:2], {}, ("system", "tool"), "check that the rows hold system or tool messages, or"),
+        (ROWS[1:2], {"max_length": 20}, "assistant", "1 are longer than max_length = 20"),
+        (
+            ROWS[1:2],
+            {"max_length": 4, "overlong": "truncate"},
+            "assistant",
+            "1 have no target token (1 were cut to max_length = 4)",
+        ),
+        ([], {}, "assistant", "d.jsonl: expected at least one row, found none"),
     ],
 )
-def test_a_dataset_with_nothing_to_learn_is_an_error_with_the_counts(tmp_path, tokenizer, rows, config, message):
+def test_a_dataset_with_nothing_to_learn_is_an_error_with_the_counts(
+    tmp_path, tokenizer, rows, config, loss_on, message
+):
     with pytest.raises(DataError, match=re.escape(message)):
-        dataset(tmp_path, tokenizer, rows, config)
+        dataset(tmp_path, tokenizer, rows, config, loss_on=loss_on)
 
 
 def test_a_token_beyond_the_embedding_is_named(tmp_path, tokenizer):

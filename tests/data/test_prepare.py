@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -66,6 +68,36 @@ def test_pieces_of_a_text_are_never_on_both_sides(make):
     data = make(texts(8, length=8) + [{"text": "long " * 40}] * 4, eval_size=6, max_length=16, overlong="split")
     assert not {*places(data.train)} & {*places(data.eval)}
     assert len({*places(data.eval)}) == 6 < len(data.eval.samples)
+
+
+def test_rows_of_files_with_the_same_name_are_held_out_apart(tmp_path, tokenizer):
+    sources = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        sources.append(source(write(tmp_path / name / "d.jsonl", json.dumps({"text": name}) + "\n")))
+    data = prepare(DataConfig(train=tuple(sources), eval_size=1), tokenizer, seed=1)
+    assert len(data.train.samples) == len(data.eval.samples) == 1
+
+
+@pytest.mark.parametrize(
+    ("replaced", "keys", "said"),
+    [
+        (("<end>", "<|im_end|>"), {}, r"ends an answer with <\|im_end\|>, which is \d+ tokens.*eos_token = \"<"),
+        (("<end>", "~"), {}, "ends an answer with ~, which is an ordinary token"),
+        (("<end>", "<|im_end|>"), {"train_on_eos": "none"}, None),
+        (("<end>", "<|im_end|>"), {"format": "instruct", "template": "{prompt}"}, None),
+        (("<end>", "<pad>"), {}, None),  # generation stops there too
+        (("", ""), {}, None),
+    ],
+)
+def test_a_template_whose_end_is_no_token_is_a_warning(tmp_path, tokenizer, replaced, keys, said):
+    tokenizer.chat_template = tokenizer.chat_template.replace(*replaced)
+    row = {**chat("q", "a"), "prompt": "q", "response": "a"}
+    found = source(write(tmp_path / "d.jsonl", json.dumps(row)), **{"format": "chat", **keys})
+    heard = []
+    observer = SimpleNamespace(warning=heard.append)
+    prepare(DataConfig(train=(found,)), tokenizer, seed=1, observer=observer)
+    assert [bool(re.search(said or "", text)) for text in heard] == [True] * (said is not None)
 
 
 @pytest.mark.parametrize("length", range(2, 40))

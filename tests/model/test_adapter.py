@@ -184,6 +184,22 @@ def test_a_tied_embedding_and_head_are_adapted_apart(tied_llama, tmp_path, names
         torch.testing.assert_close(model(TOKENS).logits, plain(TOKENS).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("named", "saved"),
+    [
+        (("embed_tokens", "q_proj"), "model.embed_tokens"),
+        (("all-linear", "model.embed_tokens"), "embed_tokens"),
+        (("mlp.up_proj",), "mlp"),
+        (r".*layers\.1\..*up_proj", "layers.1.mlp"),
+    ],
+)
+def test_what_is_trained_in_full_is_not_adapted_by_name(llama, named, saved):
+    with pytest.raises(ModelError, match=rf'targets covers "model.*", which modules_to_save = \["{saved}"\] trains in'):
+        targets.match_targets(skeleton(base_of(llama)), AdapterConfig(targets=named, modules_to_save=(saved,)))
+    everything = AdapterConfig(modules_to_save=(saved,))
+    assert targets.match_targets(skeleton(base_of(llama)), everything)  # which leaves it out
+
+
 def test_one_tied_weight_is_not_adapted_and_trained_in_full(tied_llama):
     config = AdapterConfig(targets=("q_proj", "lm_head"), modules_to_save=("embed_tokens",))
     with pytest.raises(ModelError, match='covers "lm_head" and modules_to_save "embed_tokens", which are one weight'):

@@ -1,5 +1,6 @@
 """Training on from an adapter: what fits, and every difference named where one does not."""
 
+import contextlib
 import json
 import shutil
 
@@ -170,6 +171,21 @@ def test_an_adapter_of_another_base_is_refused_by_shape(mixtures, start, llama, 
     save_file(tensors, copy / "adapter_model.safetensors")
     with pytest.raises(ModelError, match=f"its tensors are others, e.g. {name}"):
         check_start(copy, skeleton(base_of(llama)), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("added", "said"),
+    [
+        ({"<a>": 319, "<b>": 320}, None),
+        ({"<b>": 319, "<a>": 320}, 'the row of the added token "<b>" is that of "<a>" there'),
+        ({"<a>": 319, "<b>": 320, "<c>": 321}, None),  # a row that was there to spare
+    ],
+)
+def test_added_tokens_must_have_the_rows_they_had(llama, copy, added, said):
+    tokens = [{"id": 319, "content": "<a>"}, {"id": 320, "content": "<b>"}]
+    (copy / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
+    with contextlib.nullcontext() if said is None else pytest.raises(ModelError, match=said):
+        check_start(copy, skeleton(base_of(llama)), CONFIG, added)
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])

@@ -55,6 +55,11 @@ def test_a_token_that_the_vocabulary_has_is_no_addition():
     assert additions == Additions()
 
 
+def test_an_ordinary_token_is_not_added_again():
+    with pytest.raises(ModelError, match=r'"the" is an ordinary token of the vocabulary already'):
+        tokenizer_with(added_tokens=("<call>", "the"))
+
+
 @pytest.mark.parametrize("in_a_sequence", [False, True])
 def test_texts_begin_with_the_new_bos_token(in_a_sequence):
     tokenizer = AutoTokenizer.from_pretrained(mini.PATH)

@@ -68,7 +68,6 @@ from recipe_support import VALID, load, problems, write
         ),
         ("[evaluation]\nmax_samples = 5", "evaluation.max_samples", "there is nothing to evaluate on"),
         ("[evaluation]\nbatch_size = 4", "evaluation.batch_size", "there is nothing to evaluate on"),
-        ("[evaluation]\nmax_new_tokens = 4", "evaluation.max_new_tokens", "answers that exact_match generates"),
         ("[evaluation]\nat_start = true", "evaluation.at_start", "there is nothing to evaluate on"),
         ("[evaluation]\nevery_steps = 5", "evaluation.every_steps", "there is nothing to evaluate on"),
         (
@@ -190,10 +189,25 @@ def test_all_contradictions_are_reported_at_once(tmp_path):
         '[[data.train]]\npath = "x.CSV"\nformat = "instruct"\ntemplate = "{{Q}}: {question}"',
         '[[data.train]]\npath = "x.parquet"\nformat = "completion"\ntext_column = "t"',
         '[evaluation]\nexact_match = true\n[[data.eval]]\npath = "x.csv"\nformat = "instruct"',
+        "[evaluation]\nmax_new_tokens = 4",  # of an exact_match that --set switched off
     ],
 )
 def test_what_goes_together_is_no_contradiction(tmp_path, addition):
     load(write(tmp_path, VALID + addition + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("keys", "where"),
+    [
+        ('added_tokens = ["<a>", "<b>", "<a>"]', "model.added_tokens"),
+        ('special_tokens = {additional_special_tokens = ["<a>", "<a>"]}', "model.special_tokens"),
+        ('added_tokens = ["<a>"]\nspecial_tokens = {additional_special_tokens = ["<a>"]}', "model.special_tokens"),
+    ],
+)
+def test_a_token_is_added_once(tmp_path, keys, where):
+    (problem,) = problems(write(tmp_path, VALID.replace('"builtin:mini"', f'"builtin:mini"\n{keys}')))
+    assert problem.code == "QT020" and problem.where.startswith(where)
+    assert problem.message == '"<a>" is added to the vocabulary twice'
 
 
 def test_loftq_needs_packed_weights(tmp_path):
@@ -295,14 +309,14 @@ def test_a_constant_schedule_ends_at_its_peak(tmp_path):
 EVAL = '[[data.eval]]\npath = "x.csv"\nformat = "chat"\n[evaluation]\nat_end = false\n'
 
 
-@pytest.mark.parametrize("keys", ["", "every_steps = 10", "every_steps = 11"])
+@pytest.mark.parametrize("keys", ["", "every_steps = 11"])
 def test_evaluation_data_that_nothing_evaluates_is_refused(tmp_path, keys):
     (problem,) = problems(write(tmp_path, f"{VALID}{EVAL}{keys}\n"))
     assert (problem.code, problem.where) == ("QT022", "evaluation.at_end")
     assert "nothing evaluates it" in problem.message and problem.hint
 
 
-@pytest.mark.parametrize("keys", ["every_steps = 9", "per_epoch = 1", "at_start = true"])
+@pytest.mark.parametrize("keys", ["every_steps = 10", "per_epoch = 1", "at_start = true"])
 def test_evaluation_data_that_is_evaluated_once_is_fine(tmp_path, keys):
     load(write(tmp_path, f"{VALID}{EVAL}{keys}\n"))
 

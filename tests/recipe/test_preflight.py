@@ -161,6 +161,9 @@ def test_an_adapter_to_start_from_is_looked_at_beside_the_recipe(tmp_path, files
     (problem,) = caught.value.problems
     assert (problem.code, problem.where) == ("QT030", "adapter.start_from") and message in problem.message
     assert str(tmp_path / "before") in problem.message
+    path = tmp_path / "recipe.toml"
+    loaded = load_recipe(path, options_of=options_of)
+    check_files(loaded, with_absolute_paths(loaded.recipe, path), start=False)  # a resumed run does without it
 
 
 def quantized_base(folder, config):

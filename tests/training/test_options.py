@@ -73,15 +73,19 @@ def test_a_warm_up_longer_than_the_run_is_refused_with_the_numbers():
 
 @pytest.mark.parametrize(
     ("keys", "said"),
-    [({}, "no every_steps"), ({"every_steps": 25}, "every_steps = 25"), ({"per_epoch": 1}, "steps = 25")],
+    [
+        ({}, "no every_steps"),
+        ({"every_steps": 26}, "every_steps = 26"),
+        ({"per_epoch": 1}, "per_epoch = 1, which is every 26 steps"),
+    ],
 )
 def test_evaluation_data_that_no_evaluation_comes_up_for_is_refused(keys, said):
-    made = recipe(epochs=1.0)
+    made = recipe(max_steps=25)
     made = attrs.evolve(made, data=attrs.evolve(made.data, eval=(NOWHERE,)))
     never = attrs.evolve(made, evaluation=EvaluationConfig(at_end=False, **keys))
     with pytest.raises(InputError, match=rf"never evaluated in a run of 25 steps with .*{said}"):
-        resolve(never, device=CPU, sample_count=100, longest=10)
-    for more in ({"at_end": True}, {"at_start": True}, {"every_steps": 24, "per_epoch": None}):
+        resolve(never, device=CPU, sample_count=101, longest=10)
+    for more in ({"at_end": True}, {"at_start": True}, {"every_steps": 25, "per_epoch": None}):
         fine = attrs.evolve(never, evaluation=attrs.evolve(never.evaluation, **more))
         assert resolve(fine, device=CPU, sample_count=100, longest=10).evaluation.per_epoch is None
 
@@ -124,8 +128,10 @@ def test_a_run_warns_of_what_has_no_effect(tmp_path):
     source = SourceConfig(path=str(rows), format="completion")
     observer = Listening()
     made = recipe(source=source, max_steps=1, tf32=True, activation_checkpointing="offload")
+    made = attrs.evolve(made, quantization=attrs.evolve(quantization(), experts=False))
     run(made, tmp_path / "run", observer)
-    assert any("tf32" in text for text in observer.warnings) and any("offload" in text for text in observer.warnings)
+    for key in ("tf32", "offload", "experts = false has no effect"):
+        assert any(key in text for text in observer.warnings)
     written = (tmp_path / "run" / "recipe.toml").read_text()
     assert "tf32 = false" in written and "activation_checkpointing = true" in written
 
