@@ -56,6 +56,7 @@ class BnbBackend(Backend):
         options = options.resolved()
         if options.weight_dtype == "int8":
             return _pack_int8(weight)
+        assert options.block_size is not None
         codes, state = bnb.quantize_4bit(
             weight.contiguous(),
             blocksize=options.block_size,
