@@ -56,6 +56,18 @@ def test_4bit_packing_and_dequantizing_equal_bitsandbytes(weight_dtype, double_q
         assert torch.equal(BACKEND.dequantize(packed, dtype, out), expected)
 
 
+@pytest.mark.parametrize("shape", [(3, 160), (5, 96), (129, 32), (4, 64)])
+@pytest.mark.parametrize("weight_dtype", ["nf4", "fp4"])
+def test_blocks_run_on_from_row_to_row(weight_dtype, shape):
+    """Against the definition: on CPUs with AVX512 bitsandbytes 0.50 begins a block with each row when it dequantizes."""
+    weight = weights(shape, torch.float32, "normal")
+    packed = pack_weight(BACKEND, weight, BnbOptions(weight_dtype=weight_dtype, double_quant=False))
+    codes, absmax = packed.views()["codes"], packed.views()["absmax"]
+    each = torch.stack([codes >> 4, codes & 15], dim=1).flatten().long()
+    values = bnb.get_4bit_type(weight_dtype, device="cpu")[each] * absmax.repeat_interleave(64)[: weight.numel()]
+    assert torch.equal(BACKEND.dequantize(packed, torch.float32), values.view(shape))
+
+
 @pytest.mark.parametrize("block_size", [32, 64, 128, 4096])
 def test_every_block_size_equals_bitsandbytes(block_size):
     weight = weights((64, 200), torch.float32, "normal")

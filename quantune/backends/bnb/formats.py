@@ -95,9 +95,11 @@ class BnbBackend(Backend):
                 blocksize=NESTED_BLOCK_SIZE,
             )
             absmax += views["nested_offset"]
+        # flat: given rows, its AVX512 kernel begins a block with each, though blocks run on from row to row
+        flat = (math.prod(packed.layout.shape),)
         return torch.ops.bitsandbytes.dequantize_4bit(
-            views["codes"], absmax, options.block_size, options.weight_dtype, packed.layout.shape, dtype
-        )
+            views["codes"], absmax, options.block_size, options.weight_dtype, flat, dtype
+        ).view(packed.layout.shape)
 
 
 def _write_zeros(codes: Tensor, weight: Tensor, block_size: int) -> None:
