@@ -59,7 +59,7 @@ def test_4bit_packing_and_dequantizing_equal_bitsandbytes(weight_dtype, double_q
 @pytest.mark.parametrize("shape", [(3, 160), (5, 96), (129, 32), (4, 64)])
 @pytest.mark.parametrize("weight_dtype", ["nf4", "fp4"])
 def test_blocks_run_on_from_row_to_row(weight_dtype, shape):
-    """Against the definition: on CPUs with AVX512 bitsandbytes 0.50 begins a block with each row when it dequantizes."""
+    """Against the definition: with AVX512 bitsandbytes 0.50 begins a block with each row when it dequantizes."""
     weight = weights(shape, torch.float32, "normal")
     packed = pack_weight(BACKEND, weight, BnbOptions(weight_dtype=weight_dtype, double_quant=False))
     codes, absmax = packed.views()["codes"], packed.views()["absmax"]
