@@ -11,16 +11,16 @@ ROOT = Path(__file__).parents[1]
 QUICKSTART = "recipes/quickstart.toml"
 
 
-def quantune_command(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m quantune` in the repository, wide enough that no line of a table wraps."""
+def quantune_command(*arguments: str, cwd: Path = ROOT, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m quantune` in the repository or another folder, wide enough that no line of a table wraps."""
     env = {**os.environ, "COLUMNS": "300", "NO_COLOR": "1", **variables}
     command = [sys.executable, "-m", "quantune", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
 
 
-def refused(*arguments: str, **variables: str) -> str:
+def refused(*arguments: str, cwd: Path = ROOT, **variables: str) -> str:
     """What a command says on standard error when it exits with 2, without a traceback."""
-    done = quantune_command(*arguments, **variables)
+    done = quantune_command(*arguments, cwd=cwd, **variables)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
     return done.stderr

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from quantune.backends import registry
 from quantune.cli.console import err, out
 from quantune.cli.problems import render
 from quantune.outputs import write_output
@@ -42,7 +43,9 @@ def migrate(
     """
     done = migrate_files(
         yaml_files(paths),
+        options_of=registry.options_of,
         output=output,
+        report=report,
         write=not check,
         force=force,
         overwrite=overwrite,

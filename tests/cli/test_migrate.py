@@ -31,7 +31,7 @@ def write(folder, changes=None, name="old.yaml"):
 
 def test_the_recipe_stands_beside_the_yaml_and_checks(folder):
     path = write(folder)
-    done = quantune_command("migrate", str(path))
+    done = quantune_command("migrate", str(path), cwd=folder)
     assert (done.returncode, done.stdout) == (0, f"{folder / 'old.toml'}\n"), done.stderr
     assert f"{path}:1:1 translated base_model -> model.base" in done.stderr
     assert done.stderr.splitlines()[-1] == f"{path}: 10 translated"
@@ -47,7 +47,7 @@ def test_an_unknown_key_is_named_and_nothing_is_written(folder):
 
 def test_force_writes_what_can_be_said_and_lists_the_rest_at_its_head(folder):
     path = write(folder, {"lora_rank": 8, "rl": "dpo"})
-    done = quantune_command("migrate", str(path), "--force")
+    done = quantune_command("migrate", str(path), "--force", cwd=folder)
     assert done.returncode == 2
     head = (folder / "old.toml").read_text().partition("[model]")[0]
     assert "# - lora_rank: not a known key" in head and "# - rl: quantune learns from answers" in head
@@ -114,11 +114,49 @@ def test_what_is_wrong_with_the_whole_yaml_is_said_once(folder):
     assert said.count("this is a YAML of LlamaFactory") == 1 and said.endswith("other.yaml: 2 refused, 1 problem\n")
 
 
-def test_paths_are_said_to_move_when_the_recipe_stands_elsewhere(folder):
-    (folder / "there").mkdir()
-    path = write(folder)
-    moved = quantune_command("migrate", str(path), "-o", str(folder / "there" / "r.toml"))
-    assert "changed datasets[0].path" in moved.stderr
+@pytest.mark.parametrize("output", [(), ("-o", "there/r.toml")])
+def test_a_recipe_that_stands_elsewhere_checks(folder, output):
+    for name in ("cfg", "there"):
+        (folder / name).mkdir()
+    write(folder / "cfg", {"datasets": [{"path": "./train.jsonl", "type": "chat_template"}]})
+    done = quantune_command("migrate", "cfg/old.yaml", *output, cwd=folder)
+    written = folder / done.stdout.strip()
+    assert done.returncode == 0 and 'path = "../train.jsonl"' in written.read_text()
+    assert quantune_command("check", str(written)).returncode == 0
+
+
+def test_a_file_that_can_not_be_read_or_written_stops_no_other(folder):
+    (folder / "a.yaml").write_bytes(b"base_model: \xe9\n")
+    (folder / "b.toml").mkdir()
+    for name in ("b.yaml", "c.yaml"):
+        write(folder, name=name)
+    report = folder / "report.json"
+    done = quantune_command("migrate", ".", "--overwrite", "--report", str(report), cwd=folder)
+    assert (done.returncode, done.stdout) == (2, "c.toml\n"), done.stderr
+    assert "a.yaml  unreadable    1 problem" in done.stderr
+    assert "expected UTF-8 text, found other bytes at position 12  QT200" in done.stderr
+    first, second, third = json.loads(report.read_text())["files"]
+    assert (first["kind"], first["ok"], first["written"]) == ("unreadable", False, None)
+    assert second["not_written"].startswith("b.toml can't be written: ") and third["written"] == "c.toml"
+    assert sorted(path.name for path in folder.glob(".*")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["a.yaml", "-o", "a.yaml", "--overwrite"], "a.yaml can't be both the YAML a.yaml and the recipe of a.yaml"),
+        (["a.yaml", "--check", "--report", "./a.yaml"], "a.yaml can't be both the YAML a.yaml and the report"),
+        (["a.yaml", "--report", "a.toml"], "a.toml can't be both the recipe of a.yaml and the report"),
+        (["a.yaml", "a.yml"], "a.toml can't be both the recipe of a.yaml and the recipe of a.yml"),
+        (["a.toml", "--overwrite"], "a.toml can't be both the YAML a.toml and the recipe of a.toml"),
+    ],
+)
+def test_nothing_is_written_over_a_yaml_or_twice_to_one_place(folder, arguments, part):
+    for name in {argument for argument in arguments[:2] if argument.startswith("a.")}:
+        write(folder, name=name)
+    before = {path: path.read_text() for path in folder.iterdir()}
+    assert part in refused("migrate", *arguments, cwd=folder)
+    assert {path: path.read_text() for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize(

@@ -20,12 +20,12 @@ from typing import Any
 import documents
 import tomli
 import yaml
+from migration import migrate
 from walker import keys_of
 
 from quantune.backends import registry
 from quantune.errors import RecipeError
 from quantune.recipe.load import load_recipe
-from quantune.recipe.migrate import migrate
 from quantune.recipe.migrate.reading import LARGEST, MOST_KEYS
 
 ROOT = Path(__file__).parents[2]

@@ -24,12 +24,12 @@ import attrs
 import pytest
 import tomli
 import yaml
+from migration import migrate
 from walker import keys_of, loaded
 
 from quantune.backends import registry
 from quantune.errors import RecipeError
 from quantune.recipe.load import load_recipe
-from quantune.recipe.migrate import migrate
 from quantune.recipe.preflight import check_files
 from quantune.recipe.resolve import with_absolute_paths
 

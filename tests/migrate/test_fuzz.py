@@ -8,8 +8,7 @@ import time
 import documents
 import fuzz
 import pytest
-
-from quantune.recipe.migrate import migrate
+from migration import migrate
 
 
 @pytest.mark.parametrize("part", range(5))

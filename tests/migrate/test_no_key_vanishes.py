@@ -7,9 +7,10 @@ import random
 import documents
 import pytest
 import yaml
+from migration import migrate
 from walker import keys_of
 
-from quantune.recipe.migrate import leaf_keys, migrate
+from quantune.recipe.migrate import leaf_keys
 
 SEEDS = range(100)
 

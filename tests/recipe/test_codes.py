@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tomli
 import tomlkit
+from migration import migrate
 
 import quantune
 from quantune.backends.checkpoints import format_problem
@@ -15,7 +16,6 @@ from quantune.backends.registry import backends_with_option, options_of
 from quantune.errors import InputError, RecipeError
 from quantune.recipe.codes import CODES, find_code
 from quantune.recipe.load import load_recipe
-from quantune.recipe.migrate import migrate
 from quantune.recipe.preflight import check_files
 from quantune.recipe.reference import render_codes
 from quantune.recipe.resolve import with_absolute_paths

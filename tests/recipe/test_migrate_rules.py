@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import tomli
 import yaml
+from migration import migrate
 
+from quantune.backends import registry
 from quantune.recipe.conflicts import check
 from quantune.recipe.load import structure_recipe
-from quantune.recipe.migrate import leaf_keys, migrate
-from quantune.recipe.migrate.migrate import _registry
+from quantune.recipe.migrate import leaf_keys
 from quantune.recipe.migrate.table import BY_KEY, RULES
 
 BASE = {
@@ -770,7 +772,7 @@ def test_a_key_becomes_what_it_means(changes, key, outcome, expected):
     if outcome not in ("refused", "unrecognised"):
         assert migration.report.ok, migration.report
         assert tomli.loads(migration.recipe) == migration.document
-        recipe, findings = structure_recipe(migration.document, _registry())
+        recipe, findings = structure_recipe(migration.document, registry.options_of)
         assert not findings and not check(recipe)
 
 
@@ -849,6 +851,32 @@ def test_an_unknown_key_inside_a_table_is_compared_with_those_beside_it(key, mea
     assert entry_of(migrated(changes), key).note == f'did you mean "{meant}"?'
 
 
+@pytest.mark.parametrize("key", ["datasets[0].foo", "fsdp_config.x", "special_tokens.what"])
+def test_what_an_unknown_key_stands_in_is_not_taken_for_a_likeness(key):
+    above, _, name = key.rpartition(".")
+    changes = one(**{name: "x"}) if above == "datasets[0]" else {above: {name: "x"}}
+    assert entry_of(migrated(changes), key).note is None
+
+
+@pytest.mark.parametrize(
+    ("given", "key", "said"),
+    [
+        ({"zero_optimization": {"stage": 2}}, "deepspeed.zero_optimization.stage", "ZeRO 1 and 2"),
+        ({"zero_optimization": {"stage": 3}}, "deepspeed.zero_optimization.stage", "ZeRO 3"),
+        ({"zero_optimization": {"stage": "1"}, "bf16": True}, "deepspeed.bf16", "ZeRO 1 and 2"),
+        ({"bf16": True}, "deepspeed.bf16", None),
+        ("deepspeed_configs/zero1.json", "deepspeed", "ZeRO 1 and 2"),
+        ("deepspeed_configs/zero3_bf16.json", "deepspeed", "ZeRO 3"),
+        ("ds.json", "deepspeed", None),
+    ],
+)
+def test_a_stage_of_zero_is_refused_with_its_equivalent(given, key, said):
+    entry = entry_of(migrated({"deepspeed": given}), key)
+    assert entry.outcome == "refused" and entry.note.startswith("quantune has no DeepSpeed")
+    assert said in entry.note if said else "FSDP2 that is" not in entry.note
+    assert f"reshard_after_forward: {str(said == 'ZeRO 3').lower()}" in entry.note if said else True
+
+
 def test_a_value_where_keys_belong_and_keys_where_a_value_belongs_are_refused():
     assert entry_of(migrated({"fsdp_config": "full_shard"}), "fsdp_config").outcome == "refused"
     assert entry_of(migrated({"lora_dropout": {"a": 1}}), "lora_dropout.a").outcome == "refused"
@@ -881,7 +909,9 @@ def test_a_duplicate_key_is_a_problem_that_names_both_lines():
     (problem,) = report.problems
     first, second = [n for n, line in enumerate(text.splitlines(), 1) if line.startswith("lora_r:")]
     assert (problem.code, problem.line, problem.column) == ("QT201", second, 1)
-    assert f"line {first}" in problem.message
+    assert problem.message == f"lora_r stands in lines {first} and {second}"
+    (twice,) = migrate("{base_model: x, base_model: y}").report.problems[:1]
+    assert twice.message == "base_model stands twice in line 1"
     assert not report.ok
 
 
@@ -892,11 +922,39 @@ def test_batches_are_counted_for_every_process():
     assert entry_of(given, "batch_size").changed
 
 
-def test_relative_inputs_are_said_to_move_with_the_recipe():
-    changes = {"base_model": "./model", "datasets": [{"path": "data/a.jsonl", "type": "chat_template"}]}
-    for key in ("base_model", "datasets[0].path"):
-        assert not entry_of(migrated(changes), key).changed
-        assert entry_of(migrated(changes, moved=True), key).changed
+@pytest.mark.parametrize(
+    ("changes", "key", "where", "here", "elsewhere"),
+    [
+        ({"base_model": "./model"}, "base_model", "model.base", "./model", "../model"),
+        ({"base_model": "org/model"}, "base_model", "model.base", "org/model", "org/model"),
+        ({"tokenizer_config": "../t"}, "tokenizer_config", "model.tokenizer", "../t", "../../t"),
+        ({"chat_template_jinja": "c.jinja"}, "chat_template_jinja", "model.chat_template", "c.jinja", "../c.jinja"),
+        (
+            {"chat_template": "jinja", "chat_template_jinja": "c.jinja"},
+            "chat_template_jinja",
+            "model.chat_template",
+            "c.jinja",
+            "../c.jinja",
+        ),
+        ({"lora_model_dir": "out"}, "lora_model_dir", "adapter.start_from", "out", "../out"),
+        (one(path="a/b.jsonl"), "datasets[0].path", f"{SOURCE}.path", "a/b.jsonl", "../a/b.jsonl"),
+        (one(path="cfg/b.jsonl"), "datasets[0].path", f"{SOURCE}.path", "cfg/b.jsonl", "./b.jsonl"),
+        (one(path="/a/b.jsonl"), "datasets[0].path", f"{SOURCE}.path", "/a/b.jsonl", "/a/b.jsonl"),
+        (one(path="~/b.jsonl"), "datasets[0].path", f"{SOURCE}.path", "~/b.jsonl", "~/b.jsonl"),
+        (
+            one(path="json", data_files=["b.jsonl"]),
+            "datasets[0].data_files",
+            f"{SOURCE}.path",
+            "b.jsonl",
+            "../b.jsonl",
+        ),
+    ],
+)
+def test_a_path_is_written_relative_to_the_recipe(changes, key, where, here, elsewhere):
+    assert holds(migrated(changes).document, where) == here
+    moved = migrated(changes, folder=Path.cwd() / "cfg")
+    assert holds(moved.document, where) == elsewhere
+    assert entry_of(moved, key).outcome == "translated" and bool(entry_of(moved, key).note) == (here != elsewhere)
 
 
 def test_two_keys_that_write_different_things_to_one_place_are_refused_both():

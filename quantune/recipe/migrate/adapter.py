@@ -12,6 +12,7 @@ from quantune.recipe.migrate.rule import (
     Rule,
     drop,
     dropped,
+    path_value,
     refuse,
     refused,
     same,
@@ -19,7 +20,7 @@ from quantune.recipe.migrate.rule import (
     write,
 )
 from quantune.recipe.migrate.rule import value as takes
-from quantune.recipe.migrate.values import Unusable, flag, is_off, names, number, text, whole
+from quantune.recipe.migrate.values import Unusable, flag, is_off, names, number, whole
 
 ALL_LINEAR = "all-linear"
 _REGEX = re.compile(r"[\\^$*+?{}\[\]()|]")
@@ -94,7 +95,7 @@ RULES: tuple[Rule, ...] = (
     translate("lora_target_linear", to='`adapter.targets = "all-linear"`, or among others', by=_target_linear),
     takes("lora_target_parameters", "adapter.target_parameters", names),
     takes("lora_modules_to_save", "adapter.modules_to_save", names),
-    takes("lora_model_dir", "adapter.start_from", text),
+    path_value("lora_model_dir", "adapter.start_from"),
     translate("lora_fan_in_fan_out", to="nothing: PEFT knows", by=_fan_in),
     translate("peft_use_dora", to="`adapter.use_dora`", by=_on("adapter.use_dora")),
     translate("peft_use_rslora", to="`adapter.use_rslora`", by=_on("adapter.use_rslora")),

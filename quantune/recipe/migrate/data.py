@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from quantune.recipe.conflicts import FILE_TYPES
-from quantune.recipe.migrate.model import MOVED, chat_template, chat_template_jinja, template_of
+from quantune.recipe.migrate.model import chat_template, chat_template_jinja, template_of
 from quantune.recipe.migrate.rule import (
     Config,
     Leaf,
@@ -23,6 +23,7 @@ from quantune.recipe.migrate.rule import (
     same,
     translate,
     write,
+    write_path,
     writes,
 )
 from quantune.recipe.migrate.rule import value as takes
@@ -141,15 +142,12 @@ def _path(leaf: Leaf) -> Outcome:
         return refuse("quantune reads files and datasets of the hub; download it first")
     if not _is_file(dataset_of(leaf)):
         return write(at(leaf, "dataset"), path)
-    file = _file_of(dataset_of(leaf))
-    if leaf.config.moved and not file.startswith(("/", "~")):
-        return write(at(leaf, "path"), file, MOVED, changed=True)
-    return write(at(leaf, "path"), file)
+    return write_path(leaf, at(leaf, "path"), _file_of(dataset_of(leaf)))
 
 
 def _data_files(leaf: Leaf) -> Outcome:
     if _is_file(dataset_of(leaf)):
-        return write(at(leaf, "path"), _file_of(dataset_of(leaf)))
+        return write_path(leaf, at(leaf, "path"), _file_of(dataset_of(leaf)))
     return write(at(leaf, "data_files"), names(leaf.value))
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import attrs
 
 from quantune.errors import InputError
-from quantune.recipe.migrate.migrate import Migration, migrate
+from quantune.recipe.load import OptionsOf
+from quantune.recipe.migrate.migrate import Migration, migrate, unreadable
+from quantune.recipe.migrate.reading import Unreadable
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -57,7 +60,9 @@ def yaml_files(paths: Sequence[Path]) -> list[Path]:
 def migrate_files(
     files: Sequence[Path],
     *,
+    options_of: OptionsOf,
     output: Path | None = None,
+    report: Path | None = None,
     write: bool = True,
     force: bool = False,
     overwrite: bool = False,
@@ -67,25 +72,47 @@ def migrate_files(
 
     Args:
         files: the YAMLs.
+        options_of: the attrs class of a backend's options.
         output: the recipe of the only file; by default each stands beside its YAML.
+        report: where the caller will write a report; it must be none of the YAMLs, nor a recipe.
         write: write recipes at all.
         force: write those as well that lack something, with a list of it at the head.
         overwrite: replace recipes that are there.
         processes: in how many processes the YAMLs were run.
 
     Raises:
-        InputError: one output for several files, or a file that can't be read.
+        InputError: one output for several files, two things to be written to one place, or over a YAML.
     """
     if output is not None and len(files) != 1:
         raise InputError(f"--output names the recipe of one file, found {len(files)} files")
+    targets = [output or file.with_suffix(".toml") for file in files]
+    _refuse_shared_places(files, targets if write else (), report)
     return [
-        _migrate_file(file, output or file.with_suffix(".toml"), write, force, overwrite, processes) for file in files
+        _migrate_file(file, target, write, force, overwrite, processes, options_of)
+        for file, target in zip(files, targets, strict=True)
     ]
 
 
-def _migrate_file(file: Path, target: Path, write: bool, force: bool, overwrite: bool, processes: int) -> Migrated:
-    moved = target.resolve().parent != Path.cwd()
-    migration = migrate(_read(file), name=str(file), processes=processes, moved=moved)
+def _refuse_shared_places(files: Sequence[Path], targets: Sequence[Path], report: Path | None) -> None:
+    """Raise where something would be written over a YAML, or over something else that is written."""
+    taken = {file.resolve(): f"the YAML {file}" for file in files}
+    outputs = [(target, f"the recipe of {file}") for file, target in zip(files, targets, strict=False)]
+    for place, what in [*outputs, *([(report, "the report")] if report is not None else [])]:
+        if place.resolve() in taken:
+            other = taken[place.resolve()]
+            raise InputError(f"{place} can't be both {other} and {what}; --output and --report name other files")
+        taken[place.resolve()] = what
+
+
+def _migrate_file(
+    file: Path, target: Path, write: bool, force: bool, overwrite: bool, processes: int, options_of: OptionsOf
+) -> Migrated:
+    folder = target.parent.resolve()
+    beside = None if folder == Path.cwd() else folder
+    try:
+        migration = migrate(_read(file), str(file), processes, options_of=options_of, folder=beside)
+    except Unreadable as error:
+        migration = unreadable(str(file), error.message)
     if not write or migration.recipe is None or not (migration.report.ok or force):
         return Migrated(path=file, migration=migration)
     if target.exists() and not overwrite:
@@ -96,8 +123,10 @@ def _migrate_file(file: Path, target: Path, write: bool, force: bool, overwrite:
         partial.write_text(migration.recipe, encoding="utf-8", newline="\n")
         os.replace(partial, target)
     except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{target} can't be written: {error.strerror}") from None
+        problem = f"{target} can't be written: {error.strerror}"
+        with suppress(OSError):
+            partial.unlink()
+        return Migrated(path=file, migration=migration, problem=problem)
     return Migrated(path=file, migration=migration, written=target)
 
 
@@ -105,6 +134,6 @@ def _read(file: Path) -> str:
     try:
         return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{file}: expected UTF-8 text, found other bytes at position {error.start}") from None
+        raise Unreadable(f"expected UTF-8 text, found other bytes at position {error.start}") from None
     except OSError as error:
-        raise InputError(f"{file} can't be read: {error.strerror}") from None
+        raise Unreadable(f"the file can't be read: {error.strerror}") from None

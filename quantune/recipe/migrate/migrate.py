@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
+from pathlib import Path as PathOnDisk
 from typing import Any
 
 import attrs
@@ -73,7 +74,7 @@ class _Decided:
 
 
 def migrate(
-    text: str, name: str = "old.yaml", processes: int = 1, *, moved: bool = False, options_of: OptionsOf | None = None
+    text: str, name: str = "old.yaml", processes: int = 1, *, options_of: OptionsOf, folder: PathOnDisk | None = None
 ) -> Migration:
     """Translate an axolotl-style YAML.
 
@@ -81,14 +82,14 @@ def migrate(
         text: the YAML.
         name: what the report and the recipe call it.
         processes: in how many processes it was run: batches there are counted for each of them.
-        moved: whether the recipe goes into another folder than the one that the YAML's paths are relative to.
-        options_of: the attrs class of a backend's options; the registry's by default.
+        options_of: the attrs class of a backend's options.
+        folder: where the recipe will stand, which its paths are relative to; None for the current directory, which
+            those of the YAML are relative to.
     """
     try:
         document = reading.read(text)
     except reading.Unreadable as error:
-        problem = _problem("QT200", "yaml", error.message, name=name, text=text, position=error.position)
-        return Migration(report=Report(name=name, kind="unreadable", problems=(problem,)))
+        return unreadable(name, error.message, text=text, position=error.position)
     kind = kind_of(document.values)
     problems = list(_duplicates(document, name, text))
     if kind != "axolotl":
@@ -98,9 +99,9 @@ def migrate(
             _problem("QT205", "yaml", note, "write a recipe; quantune init begins one", name=name, text=text)
         )
         return Migration(report=Report(name=name, kind=kind, entries=entries, problems=tuple(problems)))
-    config = Config(values=document.values, processes=processes, moved=moved)
+    config = Config(values=document.values, processes=processes, folder=folder)
     decided = _without_contradictions(_decide(document, config))
-    decided, left = _checked(decided, config, options_of or _registry())
+    decided, left = _checked(decided, config, options_of)
     places = {key_text(path): place for path, place in document.positions.items()}
     for lack in lacks(config):
         place = _nearest(lack.key, places)
@@ -115,10 +116,10 @@ def migrate(
     return Migration(report=report, document=made, recipe=to_toml(made, lines, report))
 
 
-def _registry() -> OptionsOf:
-    from quantune.backends import registry
-
-    return registry.options_of
+def unreadable(name: str, message: str, *, text: str = "", position: Position | None = None) -> Migration:
+    """What comes of a file that holds no YAML, or none that can be read."""
+    problem = _problem("QT200", "yaml", message, name=name, text=text, position=position)
+    return Migration(report=Report(name=name, kind="unreadable", problems=(problem,)))
 
 
 def _leaves(document: reading.Document) -> list[tuple[Path, Any]]:
@@ -294,7 +295,8 @@ def _nearest(key: str, places: dict[str, Position]) -> Position | None:
 
 def _duplicates(document: reading.Document, name: str, text: str) -> Iterable[Problem]:
     for path, first, second in document.duplicates:
-        message = f"{key_text(path)} stands here and in line {first[0]} already"
+        twice = f"twice in line {first[0]}" if first[0] == second[0] else f"in lines {first[0]} and {second[0]}"
+        message = f"{key_text(path)} stands {twice}"
         hint = "YAML takes the last one; remove one of them"
         yield _problem("QT201", key_text(path), message, hint, name=name, text=text, position=second)
 

@@ -12,11 +12,13 @@ from quantune.recipe.migrate.rule import (
     Rule,
     drop,
     dropped,
+    path_value,
     refuse,
     refused,
     same,
     translate,
     write,
+    write_path,
 )
 from quantune.recipe.migrate.rule import value as takes
 from quantune.recipe.migrate.values import flag, names, text
@@ -63,14 +65,9 @@ _ATTENTION_FLAGS = {
 }
 
 
-def _base(leaf: Leaf) -> Outcome:
-    name = text(leaf.value)
-    if leaf.config.moved and name.startswith(("./", "../")):
-        return write("model.base", name, MOVED, changed=True)
-    return write("model.base", name)
-
-
-MOVED = "relative to the recipe's folder; it was relative to the current directory there"
+def _is_folder(name: str) -> bool:
+    """Whether a model or tokenizer is a folder by its name, and not of the hub."""
+    return name.startswith(("./", "../"))
 
 
 def _remote_code(leaf: Leaf) -> Outcome:
@@ -135,9 +132,7 @@ def chat_template_jinja(leaf: Leaf) -> Outcome:
         return refuse(
             "the template stands in the YAML; put it into a file and name that: chat_template_jinja: chat.jinja"
         )
-    if leaf.config.moved and not given.startswith(("/", "~")):
-        return write("model.chat_template", given, MOVED, changed=True)
-    return write("model.chat_template", given)
+    return write_path(leaf, "model.chat_template", given)
 
 
 def _jinja_of(leaf: Leaf) -> str:
@@ -145,7 +140,7 @@ def _jinja_of(leaf: Leaf) -> str:
     for step in leaf.path[:-1]:
         holder = holder[step]
     given = holder.get("chat_template_jinja")
-    return given if isinstance(given, str) else "chat_template_jinja"
+    return leaf.config.path(given) if isinstance(given, str) else "chat_template_jinja"
 
 
 def _special_token(leaf: Leaf) -> Outcome:
@@ -191,10 +186,10 @@ def _base_config(leaf: Leaf) -> Outcome:
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 RULES: tuple[Rule, ...] = (
-    translate("base_model", to="`model.base`", by=_base),
+    path_value("base_model", "model.base", _is_folder),
     takes("revision_of_model", "model.revision", text),
     takes("model_revision", "model.revision", text),
-    takes("tokenizer_config", "model.tokenizer", text),
+    path_value("tokenizer_config", "model.tokenizer", _is_folder),
     translate("trust_remote_code", to="`model.trust_remote_code`, with a warning", by=_remote_code),
     translate("attn_implementation", to="`model.attn_implementation`", by=_attention),
     translate(*_ATTENTION_FLAGS, to="`model.attn_implementation`", by=_attention_flag),

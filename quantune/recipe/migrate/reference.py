@@ -36,8 +36,8 @@ written. `--force` writes the recipe without it, and lists it at the head.
 - **Batches** are counted for every process there: `batch_size = micro_batch_size x gradient_accumulation_steps x
   processes`. Give `--processes 8` if it ran on eight GPUs.
 - **Defaults** that differ are written out: 512 tokens, rank 8, a warm-up of 3 %, a checkpoint an epoch.
-- **Paths** of what is read are relative to the recipe's folder here and to the current directory there; they stay as
-  they are written, and the report says so where the two differ.
+- **Paths** of what is read are relative to the recipe's folder here and to the current directory there. Where the two
+  differ they are rewritten, so run it where the YAML was run.
 - YAMLs of LlamaFactory and torchtune are recognised and not translated as yet.
 
 This page is generated from the rules in `quantune/recipe/migrate/`. A key of `test_datasets` is treated as that of

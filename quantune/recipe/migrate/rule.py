@@ -6,16 +6,21 @@ Rules see the whole document and change nothing, so that neither their order nor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path as PathOnDisk
 from typing import Any, Literal
 
 import attrs
 
 from quantune.recipe.migrate.reading import Path, key_text
 from quantune.recipe.migrate.report import What
-from quantune.recipe.migrate.values import Unusable, flag, is_off, number, whole
+from quantune.recipe.migrate.values import Unusable, flag, is_off, number, text, whole
+from quantune.recipe.starter import path_in
 
 RecipePath = tuple[str | int, ...]
 """A key of the recipe, e.g. `("data", "train", 0, "path")`."""
+
+
+MOVED = "relative to the recipe's folder; it was relative to the current directory there"
 
 
 @attrs.frozen(kw_only=True)
@@ -69,8 +74,9 @@ class Config:
     """The document."""
     processes: int = 1
     """How many processes it was run in."""
-    moved: bool = False
-    """Whether the recipe stands in another folder than the one that paths were relative to."""
+    folder: PathOnDisk | None = None
+    """Where the recipe will stand, which its paths are relative to; None for the current directory, as those of the
+    YAML are."""
 
     def get(self, key: str) -> Any:
         """The value as it is, None where it is absent."""
@@ -83,6 +89,12 @@ class Config:
     def whole(self, key: str, default: int | None = None) -> Any:
         """The value as a whole number."""
         return _or(whole, self.get(key), default)
+
+    def path(self, given: str) -> str:
+        """A path of what is read, as the recipe names it."""
+        if self.folder is None or given.startswith(("/", "~")):
+            return given
+        return path_in(self.folder / "recipe.toml", PathOnDisk(given))
 
     def flag(self, key: str) -> bool:
         """Whether the value is on."""
@@ -144,6 +156,19 @@ def translate(*keys: str, to: str, by: Callable[[Leaf], Outcome]) -> Rule:
 def value(key: str, to: str, convert: Callable[[Any], Any]) -> Rule:
     """A rule for a key whose value the recipe's `to` takes as it is."""
     return translate(key, to=f"`{to}`", by=lambda leaf: write(to, convert(leaf.value)))
+
+
+def path_value(key: str, to: str, is_path: Callable[[str], bool] = lambda name: True) -> Rule:
+    """A rule for a key that names something to read, by its path where `is_path` says so."""
+    return translate(key, to=f"`{to}`", by=lambda leaf: write_path(leaf, to, text(leaf.value), is_path))
+
+
+def write_path(
+    leaf: Leaf, to: str | RecipePath, name: str, is_path: Callable[[str], bool] = lambda name: True
+) -> Outcome:
+    """The recipe's key `to` names what is read."""
+    path = leaf.config.path(name) if is_path(name) else name
+    return write(to, path, None if path == name else MOVED)
 
 
 def dropped(*keys: str, because: str) -> Rule:

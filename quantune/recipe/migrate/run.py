@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 from quantune.recipe.migrate.rule import (
     Leaf,
     Outcome,
@@ -21,6 +24,18 @@ _SHARDING = "this version trains in one process; when it trains in several, bloc
 _TRACKERS = "quantune sends nothing anywhere; metrics.jsonl in the run folder has every step"
 
 
+_SHARDS_THE_OPTIMIZER = (
+    ". ZeRO 1 and 2 shard the optimizer: in FSDP2 that is fsdp_config: {reshard_after_forward: false} with "
+    "fsdp_version: 2"
+)
+_FSDP2 = {
+    "1": _SHARDS_THE_OPTIMIZER,
+    "2": _SHARDS_THE_OPTIMIZER,
+    "3": ". ZeRO 3 shards everything: in FSDP2 that is fsdp_config: {reshard_after_forward: true} with fsdp_version: 2",
+}
+"""What a stage of ZeRO is in FSDP2."""
+
+
 def _both(*keys: str) -> tuple[str, ...]:
     """Keys of `fsdp_config`, with the prefix that half of them carry and without."""
     return tuple(f"fsdp_config.{prefix}{key}" for key in keys for prefix in ("", "fsdp_"))
@@ -29,12 +44,19 @@ def _both(*keys: str) -> tuple[str, ...]:
 def _deepspeed(leaf: Leaf) -> Outcome:
     if is_off(leaf.value):
         return same()
-    name = str(leaf.value).lower()
-    if "zero1" in name or "zero2" in name:
-        what = "ZeRO 1 and 2 shard the optimizer: in FSDP2 that is fsdp_config: {reshard_after_forward: false}"
+    equivalent = _FSDP2.get(_stage(leaf.config.get("deepspeed")), "")
+    return refuse(f"quantune has no DeepSpeed{equivalent}; {_SHARDING}, so leave it out")
+
+
+def _stage(deepspeed: Any) -> str:
+    """The ZeRO stage that a DeepSpeed config says, or the name of its file; "" where neither does."""
+    if isinstance(deepspeed, dict):
+        zero = deepspeed.get("zero_optimization")
+        said = str(zero.get("stage")) if isinstance(zero, dict) else ""
     else:
-        what = "ZeRO 3 shards everything: in FSDP2 that is fsdp_config: {reshard_after_forward: true}"
-    return refuse(f"quantune has no DeepSpeed. {what}, with fsdp_version: 2; but {_SHARDING}, so leave it out")
+        named = re.search(r"zero[-_]?([123])", str(deepspeed).lower())
+        said = named[1] if named else ""
+    return said
 
 
 def _offload(leaf: Leaf) -> Outcome:

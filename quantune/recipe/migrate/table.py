@@ -101,7 +101,8 @@ def suggestion(path: Path) -> str | None:
     spelled, above = pattern(path), pattern(path[:-1])
     if spelled in MEANT:
         return MEANT[spelled]
+    last = pattern(path[-1:])
     known = [key for key in BY_KEY if not key.endswith("*")] + [key for key in CONTAINERS if not key.endswith("[]")]
-    beside = [key for key in known if key.rpartition(".")[0] == above or (len(path) == 1 and "." not in key)]
-    close = difflib.get_close_matches(spelled, sorted(beside), n=1, cutoff=0.78)
-    return close[0].rpartition(".")[2] if close else None
+    beside = {key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == above}
+    close = difflib.get_close_matches(last, sorted(beside), n=1, cutoff=0.78)
+    return close[0] if close else None

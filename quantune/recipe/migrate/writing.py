@@ -20,8 +20,6 @@ WIDTH = 100
 """Columns that comments of their own line fill."""
 LONGEST_LINE = 110
 """Columns up to which a list stays on one line."""
-SHARED_NOTE = 3
-"""So many entries of the same reason are one line at the end."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff]")
 
 
