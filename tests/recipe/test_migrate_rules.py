@@ -678,18 +678,18 @@ ROWS = [
 ]
 
 QUANTIZED = [
-    ({"adapter": "qlora"}, "adapter", "translated", {"quantization": {"backend": "bnb", "weight_dtype": "nf4"}}),
+    ({"adapter": "qlora"}, "adapter", "changed", {"quantization": {"backend": "bnb", "weight_dtype": "nf4"}}),
     (
         {"adapter": "qlora", "load_in_4bit": True, "load_in_8bit": False},
         "load_in_4bit",
-        "translated",
+        "changed",
         {"quantization": {"backend": "bnb", "weight_dtype": "nf4"}},
     ),
     ({"adapter": "qlora", "load_in_8bit": False}, "load_in_8bit", "default", {}),
     (
         {"load_in_8bit": "true"},
         "load_in_8bit",
-        "translated",
+        "changed",
         {"quantization": {"backend": "bnb", "weight_dtype": "int8"}},
     ),
     ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit", "refused", {"quantization": NOTHING}),
@@ -703,7 +703,7 @@ QUANTIZED = [
     (
         {"model_quantization_config": {"torchao": {"weight_dtype": "int4"}}},
         "model_quantization_config.torchao.weight_dtype",
-        "translated",
+        "changed",
         {"quantization": {"backend": "torchao", "weight_dtype": "int4", "group_size": 128}},
     ),
     (
@@ -728,12 +728,42 @@ QUANTIZED = [
         {"quantization.backend": "torchao", "quantization.weight_dtype": "int8"},
     ),
     ({"peft": {"backend": "torchao", "weight_dtype": "int4", "group_size": 32}}, "peft.group_size", "translated", {}),
-    ({"peft": {"backend": "torchao", "weight_dtype": "int4"}}, "peft.backend", "translated", {}),
+    ({"peft": {"backend": "torchao", "weight_dtype": "int4"}}, "peft.backend", "changed", {}),
     (
         {"adapter": "qlora", "bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}},
         "bnb_config_kwargs.bnb_4bit_use_double_quant",
         "translated",
         {"quantization.double_quant": False},
+    ),
+    (
+        {"load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_compute_dtype": "float32"}},
+        "bnb_config_kwargs.bnb_4bit_compute_dtype",
+        "translated",
+        {"training.precision": "fp32", "quantization": {"backend": "bnb", "weight_dtype": "nf4"}},
+    ),
+    (
+        {"load_in_4bit": True, "bf16": "auto", "bnb_config_kwargs": {"bnb_4bit_compute_dtype": "bfloat16"}},
+        "bf16",
+        "default",
+        {"training.precision": "bf16"},
+    ),
+    (
+        {"load_in_4bit": True, "bnb_config_kwargs": {"llm_int8_threshold": 6.0}},
+        "bnb_config_kwargs.llm_int8_threshold",
+        "dropped",
+        {"quantization": {"backend": "bnb", "weight_dtype": "nf4"}},
+    ),
+    (
+        {"adapter": "qlora", "bnb_config_kwargs": {"bnb_4bit_quant_storage": "bfloat16"}},
+        "bnb_config_kwargs.bnb_4bit_quant_storage",
+        "dropped",
+        {"quantization": {"backend": "bnb", "weight_dtype": "nf4"}},
+    ),
+    (
+        {"bnb_config_kwargs": {"load_in_4bit": True, "load_in_8bit": False}},
+        "bnb_config_kwargs.load_in_4bit",
+        "changed",
+        {"quantization": {"backend": "bnb", "weight_dtype": "nf4"}},
     ),
     (
         {"adapter": "qlora", "quantize_moe_experts": True},
@@ -913,6 +943,90 @@ def test_a_duplicate_key_is_a_problem_that_names_both_lines():
     (twice,) = migrate("{base_model: x, base_model: y}").report.problems[:1]
     assert twice.message == "base_model stands twice in line 1"
     assert not report.ok
+
+
+@pytest.mark.parametrize("bf16", [True, "auto"])
+def test_a_compute_dtype_that_is_not_the_precision_is_refused_by_name(bf16):
+    key = "bnb_config_kwargs.bnb_4bit_compute_dtype"
+    changes = {"load_in_4bit": True, "bf16": bf16, "bnb_config_kwargs": {"bnb_4bit_compute_dtype": "float32"}}
+    migration = migrated(changes)
+    for one_key, other in ((key, "bf16"), ("bf16", key)):
+        entry = entry_of(migration, one_key)
+        assert entry.outcome == "refused" and other in entry.note
+    assert entry_of(migration, "load_in_4bit").outcome == "translated"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"load_in_4bit": True},
+        {"adapter": "qlora"},
+        {"adapter": "qlora", "load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_use_double_quant": False}},
+        {"model_quantization_config": {"torchao": {"weight_dtype": "int4", "group_size": 64}}},
+        {"model_quantization_config": {"bnb": {}}},
+        {"peft": {"backend": "torchao", "weight_dtype": "int4"}},
+        {"load_in_4bit": True, "peft": {"backend": "bnb", "weight_dtype": "nf4"}},
+    ],
+)
+def test_that_experts_are_packed_is_said_once(changes):
+    migration = migrated(changes)
+    (entry,) = [entry for entry in migration.report.entries if entry.changed]
+    assert "fused experts" in entry.note and migration.recipe.count("fused experts") == 1
+    assert entry.to and migration.report.ok
+    told = migrated({**changes, "quantize_moe_experts": True}).report
+    assert told.ok and not any(entry.changed for entry in told.entries)
+
+
+def test_an_argument_becomes_the_key_that_it_says_and_no_other():
+    given = {"bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False, "llm_int8_skip_modules": ["lm_head"]}
+    migration = migrated({"load_in_4bit": True, "bnb_config_kwargs": given, "quantize_moe_experts": True})
+    assert {e.key.rpartition(".")[2]: e.to for e in migration.report.entries if "quantization" in str(e.to)} == {
+        "load_in_4bit": ("quantization.backend",),
+        "bnb_4bit_quant_type": ("quantization.weight_dtype",),
+        "bnb_4bit_use_double_quant": ("quantization.double_quant",),
+        "llm_int8_skip_modules": ("quantization.skip",),
+        "quantize_moe_experts": ("quantization.experts",),
+    }
+    assert "# was: bnb_config_kwargs.bnb_4bit_use_double_quant\n" in migration.recipe
+
+
+def test_a_key_that_falls_with_another_names_it():
+    migration = migrated({"load_in_4bit": True, "bnb_config_kwargs": {"bnb_4bit_compute_dtype": "float16"}})
+    fault = "bnb_config_kwargs.bnb_4bit_compute_dtype"
+    assert entry_of(migration, "load_in_4bit").note.startswith(f"{fault} is refused, and without it")
+    assert entry_of(migration, fault).note.endswith("as bf16: true or false says where this key is left out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "way_out"),
+    [
+        ({"adapter": "qlora", "load_in_4bit": False}, "adapter", "or write adapter: lora"),
+        ({"adapter": "qlora", "load_in_8bit": True}, "adapter", "write adapter: lora with load_in_8bit: true"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit", "keep one of them: load_in_4bit is nf4"),
+        (
+            {"adapter": "qlora", "peft": {"backend": "torchao", "weight_dtype": "int4"}},
+            "adapter",
+            "write adapter: lora",
+        ),
+        ({"model_quantization_config": "HqqConfig"}, "model_quantization_config", "backend: bnb, weight_dtype: nf4"),
+        ({"model_quantization_config": {"x": 1}}, "model_quantization_config.x", "name it with its options"),
+        (
+            {"bnb_config_kwargs": {"bnb_4bit_use_double_quant": True}},
+            "bnb_config_kwargs.bnb_4bit_use_double_quant",
+            "add load_in_4bit: true",
+        ),
+        ({"quantize_moe_experts": True}, "quantize_moe_experts", "add load_in_4bit: true"),
+        ({"model_quantization_config_kwargs": {"a": 1}}, "model_quantization_config_kwargs.a", "Mxfp4Config"),
+        ({"model_quantization_config": {"bnb": {}, "fp8": {}}}, "model_quantization_config.bnb", "keep the backend"),
+        ({"adapter": "qlora", "gptq": True}, "gptq", "with load_in_4bit: true, and remove gptq"),
+        ({"adapter": "qlora", "fp8": True}, "fp8", "model_quantization_config: {backend: torchao"),
+        ({"adapter": "qlora", "relora": True}, "relora", "a larger lora_r"),
+    ],
+)
+def test_what_to_do_about_the_quantization_is_said_in_the_keys_of_a_yaml(changes, key, way_out):
+    note = entry_of(migrated(changes), key).note
+    assert way_out in note
+    assert not re.search(r"\[(model|quantization|adapter|training)\]| = ", note)
 
 
 def test_batches_are_counted_for_every_process():

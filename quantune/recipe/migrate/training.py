@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from quantune.recipe.migrate.data import evaluates
+from quantune.recipe.migrate.quantization import PRECISION, spelled
 from quantune.recipe.migrate.rule import (
     Config,
     Leaf,
@@ -174,6 +175,8 @@ def _optim_args(leaf: Leaf) -> Outcome:
 def _bf16(leaf: Leaf) -> Outcome:
     path = "training.precision"
     if isinstance(leaf.value, str) and leaf.value.lower() in ("auto", "full"):
+        if leaf.value.lower() == "auto" and spelled(leaf.config).tables.get(PRECISION) == "bf16":
+            return same("bnb_4bit_compute_dtype says which")
         return write(path, "auto" if leaf.value.lower() == "auto" else "bf16")
     if flag(leaf.value):
         return write(path, "bf16")
