@@ -14,6 +14,7 @@ import tomli
 import yaml
 from migration import migrate
 
+import quantune.recipe
 from quantune.backends import registry
 from quantune.recipe.conflicts import check
 from quantune.recipe.load import structure_recipe
@@ -1185,3 +1186,8 @@ keep = 4       # the default there
 def test_a_key_that_holds_a_dot_is_no_path():
     for key in ("fsdp_config.version", "datasets[]", "bnb_config_kwargs.**"):
         assert entry_of(migrated({key: 2}), key).outcome == "unrecognised"
+
+
+def test_nothing_of_the_recipe_imports_the_backends():
+    for path in Path(quantune.recipe.__file__).parent.rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) quantune\.backends", path.read_text(), re.MULTILINE), path
