@@ -213,11 +213,11 @@ def _type(leaf: Leaf) -> Outcome:
 
 
 def _custom(leaf: Leaf) -> Outcome:
-    """The keys of the source that this key has a part in; the first also writes those that none has a part in."""
+    """The keys of the source that this key has a part in; the first one also writes those that none has a part in."""
     text(leaf.value) if leaf.name not in ("format", "no_input_format", "system_prompt", "system_format") else None
     given = dataset_of(leaf)["type"]
     made = _prompt_of(given)
-    said = {key: _parts(key, made) for key in given if key in _CUSTOM and given[key] is not None}
+    said = {key: _parts(key, made) for key in _CUSTOM if given.get(key) is not None}
     first = leaf.name == next(iter(said))
     unsaid = made.keys() - set().union(*said.values()) if first else set()
     says = {at(leaf, key): value for key, value in made.items() if key in said[leaf.name] | unsaid}
