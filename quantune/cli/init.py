@@ -56,7 +56,7 @@ def init(
         options=description.options,
         weight_dtype=dtype,
         task=task.value,
-        data=data_in(output, data) if data else "data/train.jsonl",
+        data=data_in(output, data) if data else f"data/{task.value}.jsonl",
         schema=f"./{schema_file.name}" if schema else None,
     )
     files = {output: recipe_text(choice, str(output))}

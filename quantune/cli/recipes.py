@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from quantune.backends.checkpoints import format_problem
@@ -10,7 +10,7 @@ from quantune.backends.registry import backends_with_option, options_of
 from quantune.cli.console import warn
 from quantune.errors import Problem
 from quantune.recipe.load import load_recipe
-from quantune.recipe.preflight import check_files, file_findings
+from quantune.recipe.preflight import any_format, check_files, file_findings
 from quantune.recipe.resolve import with_absolute_paths
 from quantune.recipe.schema import Recipe
 from quantune.recipe.structure import Finding
@@ -35,8 +35,9 @@ def open_recipe(
 
     start = data and not resume
 
-    def files(recipe: Recipe) -> list[Finding]:
-        return file_findings(with_absolute_paths(recipe, path), data=data, start=start)
+    def files(recipe: Recipe, sound: Collection[str]) -> list[Finding]:
+        known = format_problem if "quantization" in sound else any_format
+        return file_findings(with_absolute_paths(recipe, path), data=data, start=start, format_problem=known)
 
     loaded = load_recipe(
         path, options_of=options_of, backends_with=backends_with_option, overrides=overrides, files=files

@@ -26,7 +26,7 @@ from quantune.recipe.schema import (
     SourceConfig,
     TrainingConfig,
 )
-from quantune.recipe.slices import parse_split
+from quantune.recipe.slices import parse_split, parse_sum
 from quantune.recipe.structure import Finding, quoted
 
 FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
@@ -134,6 +134,8 @@ def _source(source: SourceConfig) -> Iterable[SourceFinding]:
         if PurePath(source.path).suffix.lower() not in FILE_TYPES:
             yield "path", "QT014", f"expected a file ending in {', '.join(FILE_TYPES)}, found {source.path!r}", None
         yield from _split_of_file(source.split)
+    else:
+        yield from _split_of_dataset(source.split)
     for format_, keys in KEYS_OF.items():
         for key in keys:
             if format_ != source.format and getattr(source, key) != getattr(unset, key):
@@ -154,6 +156,13 @@ def _split_of_file(text: str) -> Iterable[SourceFinding]:
     if name != "train":
         message = f'a file has one split, which is called train; split = "{text}" belongs to a dataset of the hub'
         yield "split", "QT021", message, "use train, or a slice of it, e.g. train[:20%]"
+
+
+def _split_of_dataset(text: str) -> Iterable[SourceFinding]:
+    try:
+        parse_sum(text)
+    except ValueError as error:
+        yield "split", "QT014", str(error), "or a sum of such splits, e.g. train[:20%]+test"
 
 
 def _instruct(source: SourceConfig) -> Iterable[SourceFinding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, get_type_hints
 
@@ -12,6 +12,7 @@ import tomli
 
 from quantune.errors import BackendError, Place, Problem, RecipeError
 from quantune.recipe import conflicts, legacy, positions
+from quantune.recipe.mending import mend
 from quantune.recipe.overrides import apply_override, parse_path
 from quantune.recipe.schema import (
     AdapterConfig,
@@ -26,7 +27,8 @@ from quantune.recipe.syntax import toml_problem
 from quantune.recipe.unknown import explain_optimizer, explain_unknown
 
 OptionsOf = Callable[[str], type]
-FileCheck = Callable[[Recipe], Iterable[Finding]]
+FileCheck = Callable[[Recipe, Collection[str]], Iterable[Finding]]
+"""Given a recipe and the names of its sections that are sound."""
 UNDERSTOOD = ("QT012", "QT013", "QT014", "QT015")
 """Codes that say of a key or value that it is none; what it contradicts is then unknown."""
 OF_VALUES = ("QT013", "QT014", "QT015", "QT030")
@@ -39,7 +41,7 @@ class BackendsWith(Protocol):
     def __call__(self, key: str, value: str | None = None) -> Sequence[str]: ...
 
 
-def _no_files(recipe: Recipe) -> Iterable[Finding]:
+def _no_files(recipe: Recipe, sound: Collection[str]) -> Iterable[Finding]:
     return ()
 
 
@@ -110,13 +112,19 @@ def load_recipe(
     rewritten = legacy.rewrite(document)
     recipe, found = structure_recipe(rewritten.document, options_of, backends_with)
     found = [explain_optimizer(explain_unknown(one, rewritten.document), rewritten.document) for one in found]
-    sections = sound_sections(rewritten.document, [*rewritten.findings, *found])
-    found += conflicts.check_sections(sections)
+    mended = mend(rewritten.document, found)
+    sections = sound_sections(mended.document, [*rewritten.findings, *mended.unread])
+    if rewritten.findings:  # what older spellings come to is not known then
+        sections.pop("quantization", None)
+    elif isinstance(table := rewritten.document.get("quantization"), dict):
+        quantization, _ = _structure_quantization(table, options_of, backends_with)
+        sections.update({} if quantization is None else {"quantization": quantization})
+    found += mended.sure(conflicts.check_sections(sections))
     findings += [*_contradictions(rewritten.findings, rewritten.placed(found)), *rewritten.placed(found)]
     warnings = tuple(_located(rewritten.warnings, text, path, origins))
     if findings or recipe is None:
         known = {finding.path for finding in findings}
-        looked_at = rewritten.placed(_files_of(sections, files))
+        looked_at = rewritten.placed(mended.sure(_files_of(sections, files)))
         findings += [finding for finding in looked_at if finding.path not in known]
         raise RecipeError(_located(findings, text, path, origins), warnings)
     return LoadedRecipe(recipe=recipe, path=path, text=text, origins=origins, rewritten=rewritten, warnings=warnings)
@@ -129,7 +137,7 @@ def _files_of(sections: Mapping[str, Any], files: FileCheck) -> list[Finding]:
         "adapter": AdapterConfig(),
         "data": DataConfig(train=(SourceConfig(dataset="none", format="chat"),)),
     }
-    return list(files(Recipe(**{**stand_ins, **sections})))
+    return list(files(Recipe(**{**stand_ins, **sections}), sections.keys()))
 
 
 def _contradictions(contradictions: Iterable[Finding], found: Sequence[Finding]) -> list[Finding]:
@@ -146,26 +154,34 @@ def structure_recipe(
     document: dict[str, Any], options_of: OptionsOf, backends_with: BackendsWith = _no_backends
 ) -> tuple[Recipe | None, list[Finding]]:
     """Structure a parsed document, the keys of `[quantization]` shared out between quantune and the backend."""
-    document = dict(document)
     table = document.get("quantization")
+    rest = {key: value for key, value in document.items() if key != "quantization" or not isinstance(table, dict)}
+    recipe, findings = structure(Recipe, rest)
+    findings = [_adapter_is_missing(finding, document) for finding in findings]
     if not isinstance(table, dict):
-        recipe, findings = structure(Recipe, document)
-        return recipe, [_adapter_is_missing(finding, document) for finding in findings]
+        return recipe, findings
+    quantization, found = _structure_quantization(table, options_of, backends_with)
+    findings += found
+    return (None if recipe is None or findings else attrs.evolve(recipe, quantization=quantization)), findings
+
+
+def _structure_quantization(
+    table: dict[str, Any], options_of: OptionsOf, backends_with: BackendsWith
+) -> tuple[QuantizationConfig | None, list[Finding]]:
     own = [field.name for field in attrs.fields(QuantizationConfig) if field.name != "options"]
-    document["quantization"] = {key: value for key, value in table.items() if key in own}
-    recipe, findings = structure(Recipe, document)
+    common = {key: value for key, value in table.items() if key in own}
+    quantization, findings = structure(QuantizationConfig, common, prefix=("quantization",))
     findings = [
         attrs.evolve(finding, hint="quantune backends list shows those there are")
         if finding.path == ("quantization", "backend")
-        else _adapter_is_missing(finding, document)
+        else finding
         for finding in findings
     ]
     options, found = _structure_options(table, own, options_of, backends_with)
     findings += found
-    if recipe is None or findings:
+    if quantization is None or findings:
         return None, findings
-    assert recipe.quantization is not None
-    return attrs.evolve(recipe, quantization=attrs.evolve(recipe.quantization, options=options)), findings
+    return attrs.evolve(quantization, options=options), findings
 
 
 def sound_sections(document: dict[str, Any], findings: Sequence[Finding]) -> dict[str, Any]:

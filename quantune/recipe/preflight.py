@@ -36,13 +36,17 @@ class FormatProblem(Protocol):
 FormatCheck = Callable[[Mapping[str, Any], QuantizationConfig | None], FormatProblem | None]
 
 
+def any_format(stored: Mapping[str, Any], quantization: QuantizationConfig | None) -> None:
+    """The check that finds no fault, for where `[quantization]` is not known."""
+
+
 def check_files(
     loaded: LoadedRecipe,
     recipe: Recipe,
     *,
     data: bool = True,
     start: bool = True,
-    format_problem: FormatCheck = lambda *_: None,
+    format_problem: FormatCheck = any_format,
 ) -> None:
     """Check the files of `recipe`, which is `loaded.recipe` with absolute paths.
 
@@ -55,7 +59,7 @@ def check_files(
 
 
 def file_findings(
-    recipe: Recipe, *, data: bool = True, start: bool = True, format_problem: FormatCheck = lambda *_: None
+    recipe: Recipe, *, data: bool = True, start: bool = True, format_problem: FormatCheck = any_format
 ) -> list[Finding]:
     """What is wrong with the files of a recipe with absolute paths; with `data` also with those of samples, with
     `start` with the adapter that training starts from.

@@ -9,7 +9,8 @@ import re
 
 import attrs
 
-_SPLIT = re.compile(r"(?P<name>[^\[\]+]+?)(\[(?P<begin>-?\d+%?)?:(?P<end>-?\d+%?)?\])?")
+_SPLIT = re.compile(r"(?P<name>[^\[\]+]+?)(\[(?P<begin>-?\d+(_\d+)*%?)?:(?P<end>-?\d+(_\d+)*%?)?\])?")
+_ROUNDING = re.compile(r"\([^()]*\)\s*$")
 
 
 @attrs.frozen(kw_only=True)
@@ -66,3 +67,12 @@ def parse_split(text: str) -> Split:
     if any(percent) and any(abs(bound) > 100 for bound in (begin, end) if bound is not None):
         raise ValueError(f"expected at most 100%, found {text!r}")
     return Split(name=found["name"].strip(), begin=begin, end=end, percent=any(percent))
+
+
+def parse_sum(text: str) -> list[Split]:
+    """The splits of a dataset of the hub that `text` adds up, `train[:20%]+test`; how each rounds is left to the hub.
+
+    Raises:
+        ValueError: as `parse_split`.
+    """
+    return [parse_split(_ROUNDING.sub("", part)) for part in text.split("+")]

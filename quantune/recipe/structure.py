@@ -42,7 +42,7 @@ class Finding:
     other_label: str = ""
     """What that one says, e.g. `and this says int8`."""
     meant: str | None = None
-    """The key that an unknown one beside it probably is."""
+    """What an unknown key probably is, or a value that is none of those there are."""
 
     @property
     def where(self) -> str:
@@ -56,10 +56,12 @@ class Finding:
 class WrongType(ValueError):
     """A value is not of the type a field has."""
 
-    def __init__(self, message: str, hint: str | Callable[[Path], str | None] | None = None) -> None:
-        """The hint may depend on where the value stands."""
+    def __init__(
+        self, message: str, hint: str | Callable[[Path], str | None] | None = None, meant: str | None = None
+    ) -> None:
+        """The hint may depend on where the value stands; `meant` is the value that it probably is."""
         super().__init__(message)
-        self.hint = hint
+        self.hint, self.meant = hint, meant
 
 
 def structure(
@@ -79,7 +81,7 @@ def structure(
 
 def _without_misspelt(findings: list[Finding]) -> list[Finding]:
     """The findings without that a key is missing which stands there under a name like it."""
-    meant = {(*finding.path[:-1], finding.meant) for finding in findings if finding.meant is not None}
+    meant = {(*finding.path[:-1], finding.meant) for finding in findings if finding.code in ("QT011", "QT012")}
     return [finding for finding in findings if finding.code != "QT010" or finding.path not in meant]
 
 
@@ -104,8 +106,8 @@ def _findings(error: BaseException, path: Path, cls: type | None, of: str, more:
         for member in error.exceptions:
             findings += _findings(member, (*path, *_step(member)), cls, of, more)
         return findings
-    code = "QT013" if isinstance(error, WrongType) else "QT014"
-    return [Finding(code=code, path=path, message=str(error), hint=_hint_of(error, path))]
+    code, meant = ("QT013", error.meant) if isinstance(error, WrongType) else ("QT014", None)
+    return [Finding(code=code, path=path, message=str(error), hint=_hint_of(error, path), meant=meant)]
 
 
 def _step(error: BaseException) -> Path:
@@ -242,18 +244,22 @@ def _structure_union(value: Any, annotation: Any) -> Any:
                 return _CONVERTER.structure(value, member)
     members = get_args(annotation)
     names = [name for member in members if get_origin(member) is Literal for name in get_args(member)]
-    hint = _without_quotes(value, members) or _did_you_mean(value, names)
-    raise WrongType(f"expected {_expected(annotation)}, found {describe(value)}", hint)
+    raise _none_of(annotation, value, names, _without_quotes(value, members))
 
 
-def _did_you_mean(value: Any, names: Sequence[Any]) -> str | None:
+def _none_of(annotation: Any, value: Any, names: Sequence[Any], hint: str | None = None) -> WrongType:
+    meant = None if hint else _word_meant(value, names)
+    message = f"expected {_expected(annotation)}, found {describe(value)}"
+    return WrongType(message, f'did you mean "{meant}"?' if meant else hint, meant)
+
+
+def _word_meant(value: Any, names: Sequence[Any]) -> str | None:
     """The word that may be meant; one that the value goes on from (`adamw_torch`) before one that is like it."""
     if not isinstance(value, str):
         return None
     words = [name for name in names if isinstance(name, str)]
     begun = [word for word in words if len(word) > 3 and value.lower().startswith(f"{word}_")]
-    meant = max(begun, key=len) if begun else closest(value, words)
-    return None if meant is None else f'did you mean "{meant}"?'
+    return max(begun, key=len) if begun else closest(value, words)
 
 
 def _is_among(value: Any, allowed: Sequence[Any]) -> bool:
@@ -265,8 +271,7 @@ def _structure_literal(value: Any, annotation: Any) -> Any:
     allowed = get_args(annotation)
     if _is_among(value, allowed):
         return value
-    hint = _did_you_mean(value, allowed)
-    raise WrongType(f"expected {_expected(annotation)}, found {describe(value)}", hint)
+    raise _none_of(annotation, value, allowed)
 
 
 def _class_hook(cls: Any) -> Any:

@@ -209,6 +209,24 @@ def test_a_warning_shows_the_old_spelling_and_the_new_one(text, message, now):
     assert warning.message.startswith(message) and warning.hint == now
 
 
+@pytest.mark.parametrize(
+    ("text", "warned"),
+    [
+        ('adapter = "qlora"\nload_in_4bit = false', []),
+        ('adapter = "qlora"\nload_in_4bit = false\n[model]\nload_in_4bit = false', []),
+        ('load_in_8bit = false\nadapter = "qlora"\n[quantization]\nbackend = "fp8"', ["load_in_8bit"]),
+        (
+            'bnb_config_kwargs = {bnb_4bit_compute_dtype = "bfloat16"}\nload_in_4bit = true\n'
+            '[training]\nprecision = "fp32"',
+            ["load_in_4bit"],
+        ),
+    ],
+)
+def test_what_is_contradicted_is_no_warning_as_well(text, warned):
+    made = rewritten(text)
+    assert made.findings and [warning.where for warning in made.warnings] == warned
+
+
 def test_null_is_no_value():
     nothing = dict.fromkeys(
         ("adapter", "load_in_4bit", "model_quantization_config", "peft", "gptq", "bnb_config_kwargs")
@@ -229,6 +247,19 @@ def test_a_compute_dtype_becomes_the_precision_and_must_agree_with_it():
     assert (finding.code, finding.other) == ("QT020", ("training", "precision"))
     (finding,) = rewritten(text.replace("float32", "float16")).findings
     assert finding.code == "QT013" and "bf16 or fp32" in finding.hint
+
+
+def test_two_compute_dtypes_must_agree():
+    one = 'bnb_config_kwargs = {bnb_4bit_compute_dtype = "float32"}\nload_in_4bit = true\n'
+    two = '[model]\nbnb_config_kwargs = {bnb_4bit_compute_dtype = "bfloat16"}\n'
+    (finding,) = rewritten(one + two).findings
+    assert (finding.code, finding.where) == ("QT020", "model.bnb_config_kwargs.bnb_4bit_compute_dtype")
+    assert finding.other == ("bnb_config_kwargs", "bnb_4bit_compute_dtype") and 'means "fp32"' in finding.message
+    assert rewritten(one + two.replace("bfloat16", "float32")).findings == []
+    with_precision = rewritten(one + two + '[training]\nprecision = "bf16"').findings
+    assert [(found.path[0], found.other) for found in with_precision] == [
+        ("bnb_config_kwargs", ("training", "precision"))
+    ]
 
 
 CONTRADICTIONS = [

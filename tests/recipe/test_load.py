@@ -295,6 +295,27 @@ def test_a_mistake_in_one_section_hides_no_contradiction_in_another(tmp_path):
     ]
 
 
+SOURCE = '[[data.eval]]\npath = "a.jsonl"\n'
+
+
+@pytest.mark.parametrize(
+    ("addition", "found"),
+    [
+        ("epochs = 1\nlearning_rat = 1", [("QT020", "epochs"), ("QT012", "learning_rat")]),
+        ("epochs = 1\nzzz = 1", [("QT020", "epochs"), ("QT012", "zzz")]),
+        ("epochs = 1\nzzz = 1\noptimizer = 'adamv'", [("QT020", "epochs"), ("QT012", "zzz"), ("QT013", "optimizer")]),
+        ("epoch = 1", [("QT012", "epoch")]),  # what is known to be wrong is no contradiction as well
+        ("epochs = 1\nseed = 'x'", [("QT013", "seed")]),
+        (f'{SOURCE}format = "chta"\nroles = {{assistnt = ["a"]}}', [("QT013", "format"), ("QT014", "roles")]),
+        (f'{SOURCE}format = "chat"\nlimt = 1\nroles = {{assistnt = ["a"]}}', [("QT012", "limt"), ("QT014", "roles")]),
+        (f'{SOURCE}format = "chta"\nmessages_column = "a"', [("QT013", "format")]),
+    ],
+)
+def test_a_misspelt_key_or_value_hides_no_other_mistake_of_its_section(tmp_path, addition, found):
+    told = problems(write(tmp_path, VALID + addition))
+    assert [(problem.code, problem.where.rpartition(".")[2]) for problem in told] == found
+
+
 def test_an_unknown_option_of_a_backend_hides_no_problem_of_the_others(tmp_path):
     text = VALID.replace('"nf4"', '"nf4"\nblock_size = 48\nzzz = 1')
     assert [(p.code, p.where) for p in problems(write(tmp_path, text))] == [

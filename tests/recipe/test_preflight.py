@@ -50,7 +50,9 @@ def test_every_file_problem_is_reported_at_once_with_its_line(tmp_path):
         ("r = 8", "alpa = 8", ["adapter.alpa", "data.train[0].path"]),
         ("r = 8", "r = 0", ["adapter.r", "data.train[0].path"]),
         ("max_steps = 10", "max_steps = 10\nepochs = 1", ["data.train[0].path", "training.epochs"]),
-        ('format = "chat"', 'format = "chatt"', ["data.train[0].format"]),
+        ('format = "chat"', 'format = "chatt"', ["data.train[0].path", "data.train[0].format"]),
+        ('format = "chat"', "format = 3", ["data.train[0].format"]),
+        ("path =", "pth =", ["data.train[0].pth"]),
         ("train.jsonl", "train.txt", ["data.train[0].path"]),
         ('[model]\nbase = "builtin:mini"\n', "", ["model", "data.train[0].path"]),
     ],
@@ -206,6 +208,29 @@ def test_a_base_that_is_already_quantized_is_held_against_the_recipe(
     (problem,) = caught.value.problems
     assert (problem.code, problem.where, problem.line) == (code, where, line)
     assert [place.line for place in problem.related] == related
+
+
+TYPO = "max_steps = 10", "max_stepps = 10"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (BNB, [("QT122", "quantization.backend"), ("QT012", "training.max_stepps")]),
+        (BNB.replace("[adapter]", "[adaptr]"), [("QT122", "quantization.backend"), ("QT012", "training.max_stepps")]),
+        (BNB.replace('"nf4"', '"nf5"'), [("QT013", "quantization.weight_dtype"), ("QT012", "training.max_stepps")]),
+        (
+            'load_in_4bit = "maybe"\n' + NO_TABLE,
+            [("QT013", "load_in_4bit"), ("QT012", "training.max_stepps")],
+        ),
+        (NO_TABLE, [("QT123", "model.base"), ("QT012", "training.max_stepps")]),
+    ],
+)
+def test_a_base_that_is_already_quantized_is_reported_with_what_else_is_wrong(tmp_path, text, found):
+    quantized_base(tmp_path, AWQ)
+    with pytest.raises(RecipeError) as caught:
+        open_recipe(write(tmp_path, text.replace(*TYPO)))
+    assert [(p.code, p.where) for p in caught.value.problems if p.code != "QT011"] == found
 
 
 @pytest.mark.parametrize("config", [FP8, '{"quantization_config": null}', "{}"])

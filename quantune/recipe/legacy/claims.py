@@ -82,15 +82,13 @@ def whole_table(table: dict[str, Any], path: Path, written: str, *, canonical: b
     return Claim(form="table", path=path, written=written, says=table, implied=implied, canonical=canonical)
 
 
-def contradictions(claims: Sequence[Claim]) -> Iterator[Finding]:
-    """One finding for each two claims that contradict each other; those of one code at one key are one."""
-    seen: set[tuple[str, Path]] = set()
+def contradictions(claims: Sequence[Claim]) -> Iterator[tuple[Finding, tuple[Claim, Claim]]]:
+    """A finding for each two claims that contradict each other, with the two."""
     for index, later in enumerate(claims):
         for earlier in claims[:index]:
             finding = _contradiction(earlier, later)
-            if finding is not None and (finding.code, finding.path) not in seen:
-                seen.add((finding.code, finding.path))
-                yield finding
+            if finding is not None:
+                yield finding, (earlier, later)
 
 
 def _contradiction(one: Claim, other: Claim) -> Finding | None:

@@ -35,8 +35,8 @@ class Reading:
     warnings: list[Finding] = attrs.field(factory=list)
     """Old keys that claim nothing about the table."""
     findings: list[Finding] = attrs.field(factory=list)
-    precision: tuple[str, Path] | None = None
-    """`[training] precision`, and the key that says so."""
+    precisions: list[tuple[str, Path]] = attrs.field(factory=list)
+    """Each `[training] precision`, and the key that says so."""
 
 
 @attrs.frozen(kw_only=True)
@@ -160,7 +160,7 @@ def add_arguments(old: Old, made: Arguments, reading: Reading, *, backend: str) 
     """Add what a table of arguments says about the table of `backend`, which another key names."""
     reading.findings += made.findings
     if made.precision is not None:
-        reading.precision = (made.precision, made.places["precision"])
+        reading.precisions.append((made.precision, made.places["precision"]))
     if made.findings:
         return
     precision = () if made.precision is None else (f"write [training] precision = {toml(made.precision)}",)

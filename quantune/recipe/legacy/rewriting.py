@@ -63,7 +63,8 @@ def rewrite(document: dict[str, Any]) -> Rewritten:
     _refuse_foreign(rest, reading)
     canonical = _read_canonical(rest, reading)
     claims = [*canonical, *reading.claims]
-    findings = [*reading.findings, *contradictions(claims)]
+    disagreeing = list(contradictions(claims))
+    findings = [*reading.findings, *_one_a_key(finding for finding, _ in disagreeing)]
     named = [claim for claim in claims if "backend" in claim.says]
     sources: dict[Path, Path] = {}
     if named or canonical:
@@ -74,9 +75,24 @@ def rewrite(document: dict[str, Any]) -> Rewritten:
         sources.update(_sources(table, agreed))
     elif not isinstance(rest.get("quantization"), list | str | int | float):
         findings += _settings_of_nothing(claims)
-    findings += _set_precision(rest, reading, sources)
-    warnings = [*reading.warnings, *(_warning(claim, canonical) for claim in reading.claims)]
+    of_precision = list(_set_precision(rest, reading, sources))
+    findings += of_precision
+    refuted = {claim.path for _, pair in disagreeing for claim in pair}
+    refuted |= {place[:-1] for finding in of_precision for place in (finding.path, finding.other) if place}
+    warnings = [
+        *reading.warnings,
+        # how else to write what can't be meant would contradict the finding
+        *(_warning(claim, canonical) for claim in reading.claims if claim.path not in refuted),
+    ]
     return Rewritten(document=rest, warnings=warnings, findings=findings, sources=sources)
+
+
+def _one_a_key(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings, of those of one code at one key the first."""
+    first: dict[tuple[str, Path], Finding] = {}
+    for finding in findings:
+        first.setdefault((finding.code, finding.path), finding)
+    return list(first.values())
 
 
 def _refuse_foreign(document: dict[str, Any], reading: Reading) -> None:
@@ -137,17 +153,18 @@ def _settings_of_nothing(claims: Sequence[Claim]) -> Iterator[Finding]:
 def _set_precision(document: dict[str, Any], reading: Reading, sources: dict[Path, Path]) -> Iterator[Finding]:
     """Write `[training] precision` where `bnb_config_kwargs` says it."""
     training = document.get("training", {})
-    if reading.precision is None or not isinstance(training, dict):
+    if not reading.precisions or not isinstance(training, dict):
         return
-    precision, path = reading.precision
-    given = training.get("precision")
+    other: Path = ("training", "precision")
+    given, says = training.get("precision"), "that is"
     if given is None:
-        document["training"] = {**training, "precision": precision}
-        sources[("training", "precision")] = path
-    elif given != precision:
-        message = f"{path[-1]} means [training] precision = {toml(precision)}, and that is {toml(given)}"
-        other: Path = ("training", "precision")
-        yield Finding(code="QT020", path=path, message=message, hint=f"remove {path[-1]}", other=other)
+        given, sources[other] = reading.precisions[0]
+        document["training"] = {**training, "precision": given}
+        other, says = sources[other], "another one means"
+    for precision, path in reading.precisions:
+        if precision != given:
+            message = f"{path[-1]} means [training] precision = {toml(precision)}, and {says} {toml(given)}"
+            yield Finding(code="QT020", path=path, message=message, hint=f"remove {path[-1]}", other=other)
 
 
 def _warning(claim: Claim, canonical: Sequence[Claim]) -> Finding:
