@@ -36,6 +36,8 @@ State = Literal["running", "interrupted", "finished"]
 STATES = ("running", "interrupted", "finished")
 STATUS = "status.json"
 FILES = ("recipe.toml", "manifest.json", "metrics.jsonl", STATUS)
+PACKED = "the packed weights"
+"""What the manifest's fingerprints call that of the quantized base."""
 FOLDERS = ("checkpoints", "adapter", "adapter.replaced")
 LOCK = ".lock"
 HOLDER = re.compile(r"process \d+ on \S+")

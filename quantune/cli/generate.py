@@ -37,6 +37,7 @@ def generate(
     if not prompts:
         raise InputError("expected a prompt: give --prompt, or lines on standard input")
     quiet_libraries()
+    from quantune.checkpoint.run_folder import PACKED, RunFolder
     from quantune.training.answer import answer
 
     answers = answer(
@@ -46,7 +47,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         allow_remote_code=trust_remote_code,
-        packed=_packed_fingerprint(run),
+        packed=RunFolder(run).fingerprints().get(PACKED),
         warn=warning,
     )
     if as_json:
@@ -55,12 +56,3 @@ def generate(
         return
     for text in answers:
         out.print(text, markup=False)
-
-
-def _packed_fingerprint(run: Path) -> str | None:
-    """The fingerprint of the packed weights that the run was trained on, from its manifest."""
-    try:
-        manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-        return manifest["fingerprints"]["the packed weights"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # without it nothing can be compared

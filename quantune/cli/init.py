@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,16 +12,17 @@ from quantune.backends import registry
 from quantune.backends.options import choose_dtype, default_options
 from quantune.backends.schemas import installed_schema
 from quantune.cli.console import err, warning
-from quantune.recipe.starter import Choice, base_in, data_in, recipe_text, sample_rows, write_new
-
-
-class Task(str, Enum):
-    """What is learned from: the formats of data."""
-
-    chat = "chat"
-    instruct = "instruct"
-    alpaca = "alpaca"
-    completion = "completion"
+from quantune.recipe.schema import Format
+from quantune.recipe.starter import (
+    Choice,
+    base_in,
+    data_in,
+    recipe_text,
+    sample_beside,
+    sample_path,
+    schema_beside,
+    write_new,
+)
 
 
 def init(
@@ -34,7 +34,7 @@ def init(
     weight_dtype: Annotated[
         str | None, typer.Option("--weight-dtype", help="A format of the backend, its default if there is one.")
     ] = None,
-    task: Annotated[Task, typer.Option("--task", help="What the rows of the data are.")] = Task.chat,
+    task: Annotated[Format, typer.Option("--task", help="What the rows of the data are.")] = "chat",
     data: Annotated[
         Path | None, typer.Option("--data", metavar="FILE", help="The training data; without it, a sample is written.")
     ] = None,
@@ -49,30 +49,26 @@ def init(
     description = registry.describe(backend)
     dtype = choose_dtype(description, weight_dtype)
     default_options(description, dtype)  # a backend that needs more keys than these refuses them
-    schema_file = output.parent / f"{output.stem}.schema.json"
     choice = Choice(
         base=base_in(output, base),
         backend=description.name,
         options=description.options,
         weight_dtype=dtype,
-        task=task.value,
-        data=data_in(output, data) if data else f"data/{task.value}.jsonl",
-        schema=f"./{schema_file.name}" if schema else None,
+        task=task,
+        data=data_in(output, data) if data else sample_path(task),
+        schema=f"./{schema_beside(output).name}" if schema else None,
     )
-    files = {output: recipe_text(choice, str(output))}
-    rows = None if data else output.parent / choice.data
-    kept = rows is not None and rows.exists()
-    if rows is not None and not kept:
-        files[rows] = sample_rows(choice.task)
+    rows, sample = (data, {}) if data else sample_beside(output, task)
+    files = {output: recipe_text(choice, str(output)), **sample}
     if schema:
-        files[schema_file], left_out = installed_schema()
+        files[schema_beside(output)], left_out = installed_schema()
         for reason in left_out:
             warning(f"left out of the schema: {reason}")
     write_new(files, force=force)
     for path in files:
         err.print(f"wrote {escape(str(path))}")
-    if kept:
-        err.print(f"kept {escape(str(rows))}, which was there; the recipe reads it as {choice.task}")
+    if not data and not sample:
+        err.print(f"kept {escape(str(rows))}, which was there; the recipe reads it as {task}")
     probe = registry.probe_of(description)
     if not probe.available:
         warning(f'backend "{description.name}" can\'t run here: {probe.reason}')

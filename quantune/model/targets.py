@@ -19,9 +19,8 @@ from quantune.model.load import linear_layers
 from quantune.model.quantizer import packable
 from quantune.model.vocabulary import Additions
 from quantune.quantized import experts
-from quantune.recipe.schema import AdapterConfig, QuantizationConfig
+from quantune.recipe.schema import ALL_LINEAR, AdapterConfig, QuantizationConfig
 
-ALL_LINEAR = "all-linear"
 SPLITTING = ("pissa", "olora")
 """Initializations that take the adapter's share out of the weight."""
 

@@ -15,6 +15,7 @@ import attrs
 
 from quantune.recipe.positions import Path
 from quantune.recipe.schema import (
+    ALL_LINEAR,
     ROLES,
     AdapterConfig,
     CheckpointConfig,
@@ -261,7 +262,6 @@ def _adapter(adapter: AdapterConfig) -> Iterable[Finding]:
         yield Finding(code="QT021", path=("adapter", "loftq_iterations"), message=message)
 
 
-ALL_LINEAR = "all-linear"
 _REGEX = re.compile(r"[\\^$*+?{}\[\]()|]")
 
 

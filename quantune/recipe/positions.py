@@ -38,12 +38,6 @@ class Span:
     """In characters; of what goes on in the next line, the part in this one."""
 
 
-def locate(text: str, path: Path) -> tuple[int, int] | None:
-    """Line and column, both from 1, of the key at `path`; None when the text does not set it."""
-    span = key_span(text, path)
-    return None if span is None else (span.line, span.column)
-
-
 def key_span(text: str, path: Path) -> Span | None:
     """Where the key at `path` stands, its quotes included; None when the text does not set it.
 

@@ -6,7 +6,7 @@ are validators here; checks that concern several values stand in `quantune.recip
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import attrs
 
@@ -23,6 +23,11 @@ from quantune.recipe.checks import (
 
 ROLES = ("system", "user", "assistant", "tool")
 """Who can say something in a conversation."""
+ALL_LINEAR = "all-linear"
+"""`[adapter] targets` that are every linear layer but the output head."""
+Format = Literal["chat", "instruct", "alpaca", "completion"]
+"""What the rows of a source are."""
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 @attrs.frozen(kw_only=True)
@@ -98,7 +103,7 @@ class AdapterConfig:
     """The update is scaled by alpha / r, with `use_rslora` by alpha / sqrt(r)."""
     dropout: float = attrs.field(default=0.0, validator=between(0.0, 1.0, right_open=True))
     """Probability of dropping an input of the adapter in training."""
-    targets: str | tuple[str, ...] = attrs.field(default="all-linear", validator=patterns)
+    targets: str | tuple[str, ...] = attrs.field(default=ALL_LINEAR, validator=patterns)
     """`all-linear` (every linear layer but the output head), a list of name suffixes (`["q_proj", "v_proj"]`; among
     them may be `all-linear`, the output head and embeddings; empty with `target_parameters` alone), or one regular
     expression that must match a linear layer's whole name."""
@@ -139,7 +144,7 @@ class SourceConfig:
     """The hub dataset's split; slices such as `train[:20%]` or `train[100:200]` work, for a file too."""
     revision: str | None = None
     """Branch, tag or commit of the hub dataset."""
-    format: Literal["chat", "instruct", "alpaca", "completion"]
+    format: Format
     """`chat`: a list of role/content messages, rendered with the chat template. `instruct`: a prompt and a response.
     `alpaca`: the columns `instruction`, `input` (may be empty) and `output` in Stanford Alpaca's two prompts.
     `completion`: plain text."""

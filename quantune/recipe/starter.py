@@ -17,13 +17,15 @@ import tomlkit
 
 from quantune.errors import DataError, InputError, ModelError
 from quantune.outputs import write_output
-from quantune.recipe.conflicts import FILE_TYPES
+from quantune.recipe.conflicts import FILE_TYPES, KEYS_OF
 from quantune.recipe.preflight import base_problem, is_local
 from quantune.recipe.reference import field_docs_if_any, literal_values
 from quantune.recipe.schema import (
+    ALL_LINEAR,
     AdapterConfig,
     CheckpointConfig,
     DataConfig,
+    Format,
     LoggingConfig,
     ModelConfig,
     OutputConfig,
@@ -32,13 +34,6 @@ from quantune.recipe.schema import (
     TrainingConfig,
 )
 
-COLUMNS = {
-    "chat": ("messages_column",),
-    "instruct": ("prompt_column", "response_column"),
-    "alpaca": (),
-    "completion": ("text_column",),
-}
-"""The tasks, which are the formats of data, each with the keys that name its columns."""
 WIDTH = 100
 _OPPOSITES = (
     *(("hot", "cold"), ("big", "small"), ("fast", "slow"), ("high", "low"), ("open", "closed"), ("full", "empty")),
@@ -60,8 +55,8 @@ class Choice:
     """The backend's options class."""
     weight_dtype: str | None
     """None for a backend of one format."""
-    task: str
-    """One of `COLUMNS`."""
+    task: Format
+    """What the rows of the data are."""
     data: str
     """The data file, as it stands in the recipe."""
     schema: str | None = None
@@ -80,12 +75,12 @@ def recipe_text(choice: Choice, name: str) -> str:
     )
     head += ["#", f"#   quantune check {name}", f"#   quantune run {name}"]
     weights: dict[str, Any] = {} if choice.weight_dtype is None else {"weight_dtype": choice.weight_dtype}
-    columns = {key: None for key in COLUMNS[choice.task]}
+    columns = {key: None for key in _columns(choice.task)}
     quantization = _table("[quantization]", QuantizationConfig, {"backend": choice.backend})
     tables = (
         _table("[model]", ModelConfig, {"base": choice.base}),
         [*quantization, *_keys(choice.options, weights)],
-        _table("[adapter]", AdapterConfig, {"r": 16, "alpha": 32, "targets": "all-linear", "dropout": None}),
+        _table("[adapter]", AdapterConfig, {"r": 16, "alpha": 32, "targets": ALL_LINEAR, "dropout": None}),
         _table("[data]", DataConfig, {"max_length": 1024, "packing": None, "eval_size": Example(0.1)}),
         _table("[[data.train]]", SourceConfig, {"path": choice.data, "format": choice.task, **columns}),
         _table(
@@ -100,7 +95,7 @@ def recipe_text(choice: Choice, name: str) -> str:
     return "\n\n".join("\n".join(lines) for lines in (head, *tables)) + "\n"
 
 
-def sample_rows(task: str) -> str:
+def sample_rows(task: Format) -> str:
     """Twenty rows for a task, as JSON lines: words and their opposites."""
     return "".join(json.dumps(_row(task, word, opposite)) + "\n" for word, opposite in _OPPOSITES)
 
@@ -138,6 +133,22 @@ def path_in(recipe: Path, path: Path) -> str:
         return str(path)
     beside = Path(os.path.relpath(path, recipe.parent)).as_posix()
     return beside if beside.startswith(".") else f"./{beside}"
+
+
+def sample_path(task: Format) -> str:
+    """Where the rows to try a recipe of this task with are, beside it."""
+    return f"data/{task}.jsonl"
+
+
+def sample_beside(recipe: Path, task: Format) -> tuple[Path, dict[Path, str]]:
+    """Where the sample of the recipe in the file `recipe` is, and what to write there: nothing over rows it finds."""
+    path = recipe.parent / sample_path(task)
+    return path, {} if path.exists() else {path: sample_rows(task)}
+
+
+def schema_beside(recipe: Path) -> Path:
+    """The file of the JSON Schema that the recipe in the file `recipe` begins with."""
+    return recipe.parent / f"{recipe.stem}.schema.json"
 
 
 def write_new(files: Mapping[Path, str], *, force: bool) -> None:
@@ -190,7 +201,13 @@ def _toml(value: Any) -> str:
     return tomlkit.item(value).as_string()
 
 
-def _row(task: str, word: str, opposite: str) -> dict[str, Any]:
+def _columns(task: Format) -> list[str]:
+    """The keys of a source that name the columns which every row of the task has."""
+    unset = SourceConfig(format=task)
+    return [key for key in KEYS_OF.get(task, ()) if key.endswith("_column") and getattr(unset, key) is not None]
+
+
+def _row(task: Format, word: str, opposite: str) -> dict[str, Any]:
     question = f"What is the opposite of {word}?"
     if task == "chat":
         return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": opposite}]}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from quantune.checkpoint.commit import write_committed
 from quantune.checkpoint.fingerprint import environment, hash_files
-from quantune.checkpoint.run_folder import RunFolder
+from quantune.checkpoint.run_folder import PACKED, RunFolder
 from quantune.checkpoint.state import load_state, save_state
 from quantune.data.dataset import Dataset
 from quantune.data.prepare import prepare
@@ -143,7 +143,7 @@ def train(
         observer.phase("compiling: the first steps take longer, up to minutes")
         compile_blocks(inner)
 
-    fingerprints = {**_fingerprints(recipe, base, dataset), "the packed weights": packed}
+    fingerprints = {**_fingerprints(recipe, base, dataset), PACKED: packed}
     if recipe.adapter.start_from is not None:
         begun_with = Path(recipe.adapter.start_from)
         gone = resume and not begun_with.is_dir()

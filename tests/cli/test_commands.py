@@ -99,14 +99,15 @@ def test_warnings_are_in_the_json_of_a_right_recipe_and_of_a_wrong_one(tmp_path)
     assert right.returncode == 0 and right.stderr == ""
     document = json.loads(right.stdout)
     assert document["adapter"]["r"] == 16 and [one["code"] for one in document["warnings"]] == ["QT040"]
-    wrong = json.loads(quantune_command("check", recipe(tmp_path, f"{older}load_in_8bit = true"), "--json").stdout)
-    assert [one["code"] for one in wrong["warnings"]] == ["QT040", "QT040"]
+    more = "quantize_moe_experts = true\nload_in_8bit = true"
+    wrong = json.loads(quantune_command("check", recipe(tmp_path, f"{older}{more}"), "--json").stdout)
+    assert [(one["code"], one["where"]) for one in wrong["warnings"]] == [("QT040", "adapter.quantize_moe_experts")]
     assert {place["origin"] for one in wrong["problems"] for place in one["related"]} == {f"{tmp_path}/recipe.toml"}
     (tmp_path / "train.jsonl").unlink()
     path = tmp_path / "recipe.toml"
     path.write_text(path.read_text().replace("load_in_8bit = true", ""))
     gone = json.loads(quantune_command("check", str(path), "--json").stdout)
-    assert [len(gone[part]) for part in ("problems", "warnings")] == [1, 1]
+    assert [len(gone[part]) for part in ("problems", "warnings")] == [1, 2]
 
 
 def test_the_hundredth_line_is_written_as_a_number(tmp_path):

@@ -4,7 +4,14 @@ import pytest
 import tomli
 from toml_documents import Document
 
-from quantune.recipe.positions import key_span, locate, value_span
+from quantune.recipe.positions import key_span, value_span
+
+
+def place(text, path):
+    """Line and column of the key."""
+    span = key_span(text, path)
+    return span and (span.line, span.column)
+
 
 TEXT = '''\
 # r = 1 in a comment
@@ -50,7 +57,7 @@ path = "b"   # path
     ],
 )
 def test_the_key_is_found(path, position):
-    assert locate(TEXT, path) == position
+    assert place(TEXT, path) == position
 
 
 ARRAYS = """\
@@ -96,47 +103,47 @@ after = { path = "x", "format" = 'path = 1', deep.path = 3 }
     ],
 )
 def test_a_key_in_an_inline_table_is_found_in_its_own_element(path, position):
-    assert locate(ARRAYS, path) == position
+    assert place(ARRAYS, path) == position
 
 
 def test_the_same_key_in_several_tables_is_found_in_each():
     text = "[a]\nr = 1\n[b]\nlr = 2\nr = 3\n[a.b]\nr = 4\n[c]\n  r = 5\n"
-    rows = [locate(text, path) for path in (("a", "r"), ("b", "r"), ("a", "b", "r"), ("c", "r"))]
+    rows = [place(text, path) for path in (("a", "r"), ("b", "r"), ("a", "b", "r"), ("c", "r"))]
     assert rows == [(2, 1), (5, 1), (7, 1), (9, 3)]
 
 
 def test_dotted_keys_are_found_by_their_last_part():
     text = 'a.b.c = 1\na."b".d = 2\n\n[x.y]\nz.w = 3\n'
     paths = [("a",), ("a", "b", "c"), ("a", "b", "d"), ("x",), ("x", "y"), ("x", "y", "z", "w")]
-    assert [locate(text, path) for path in paths] == [(1, 1), (1, 5), (2, 7), (4, 2), (4, 4), (5, 3)]
+    assert [place(text, path) for path in paths] == [(1, 1), (1, 5), (2, 7), (4, 2), (4, 4), (5, 3)]
 
 
 def test_headers_of_arrays_of_tables_are_found_by_index():
     text = '[[data.train]]\npath = "a"\n\n# [[data.train]]\n[["data".train]]  # second\npath = "b"\n'
-    assert locate(text, ("data", "train", 0)) == (1, 8)
-    assert locate(text, ("data", "train", 1)) == (5, 10)
-    assert locate(text, ("data", "train", 2)) is None
+    assert place(text, ("data", "train", 0)) == (1, 8)
+    assert place(text, ("data", "train", 1)) == (5, 10)
+    assert place(text, ("data", "train", 2)) is None
 
 
 def test_windows_line_ends_and_unicode_separators_keep_the_lines():
     text = 'a = "x\u2028y"  # \u2028\r\n\r\nb = """\r\nb = 1\r\n"""\r\nc = 3'
-    assert [locate(text, (key,)) for key in "abc"] == [(1, 1), (3, 1), (6, 1)]
+    assert [place(text, (key,)) for key in "abc"] == [(1, 1), (3, 1), (6, 1)]
 
 
 def test_inline_tables_over_several_lines_as_toml_1_1_has_them():
     text = "a = {\n  r = 1,  # r = 0\n  s = [\n    2,\n  ],\n}\nb = 3"
-    assert [locate(text, path) for path in (("a", "r"), ("a", "s", 0), ("b",))] == [(2, 3), (4, 5), (7, 1)]
+    assert [place(text, path) for path in (("a", "r"), ("a", "s", 0), ("b",))] == [(2, 3), (4, 5), (7, 1)]
 
 
 def test_a_table_without_a_header_is_where_it_is_mentioned_first():
     text = "[a.b]\nr = 1\n[c.d]\n[a.c]\n[c]\n"
-    assert [locate(text, path) for path in (("a",), ("c",))] == [(1, 2), (5, 2)]
+    assert [place(text, path) for path in (("a",), ("c",))] == [(1, 2), (5, 2)]
 
 
 def test_lists_nested_as_deeply_as_the_parser_takes_them():
     text = f"a = {'[' * 400}{']' * 400}"
     tomli.loads(text)
-    assert locate(text, ("a", *[0] * 399)) == (1, 404)
+    assert place(text, ("a", *[0] * 399)) == (1, 404)
 
 
 def test_in_any_document_every_key_and_value_is_where_it_was_written():

@@ -210,6 +210,26 @@ def test_a_base_that_is_already_quantized_is_held_against_the_recipe(
     assert [place.line for place in problem.related] == related
 
 
+@pytest.mark.parametrize(
+    ("text", "way_out"),
+    [
+        (BNB, "drop [quantization]"),
+        (NO_TABLE.replace("[model]", "[model]\nload_in_4bit = true"), "drop [model] load_in_4bit"),
+        ("load_in_4bit = true\n" + BNB, "drop [quantization] and load_in_4bit"),
+        (
+            NO_TABLE.replace("r = 8", 'type = "qlora"').replace("[model]", "[model]\nload_in_4bit = true"),
+            'drop [model] load_in_4bit and write [adapter] type = "lora"',
+        ),
+    ],
+)
+def test_the_way_out_names_the_keys_that_are_there(tmp_path, text, way_out):
+    quantized_base(tmp_path, FP8)
+    with pytest.raises(RecipeError) as caught:
+        check_format(tmp_path, text)
+    (problem,) = caught.value.problems
+    assert problem.hint == f'{way_out} to take it over as it is (backend = "fp8"), or choose the unquantized base'
+
+
 TYPO = "max_steps = 10", "max_stepps = 10"
 
 

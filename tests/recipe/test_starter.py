@@ -14,9 +14,10 @@ from quantune.errors import BackendError, DataError, InputError, ModelError
 from quantune.recipe.load import load_recipe
 from quantune.recipe.preflight import check_files
 from quantune.recipe.resolve import with_absolute_paths
-from quantune.recipe.starter import COLUMNS, Choice, base_in, data_in, recipe_text, sample_rows, write_new
+from quantune.recipe.schema import FORMATS
+from quantune.recipe.starter import Choice, base_in, data_in, recipe_text, sample_rows, write_new
 
-FORMATS = [(name, dtype) for name in registry.BUILT_IN for dtype in registry.describe(name).weight_dtypes or (None,)]
+STORED = [(name, dtype) for name in registry.BUILT_IN for dtype in registry.describe(name).weight_dtypes or (None,)]
 
 
 def choice(backend="bnb", weight_dtype="nf4", task="chat", **more):
@@ -34,15 +35,15 @@ def loaded(folder, text, task="chat"):
     return loaded.recipe
 
 
-@pytest.mark.parametrize("task", COLUMNS)
-@pytest.mark.parametrize(("backend", "weight_dtype"), FORMATS)
+@pytest.mark.parametrize("task", FORMATS)
+@pytest.mark.parametrize(("backend", "weight_dtype"), STORED)
 def test_the_recipe_of_every_format_and_task_is_right(tmp_path, backend, weight_dtype, task):
     recipe = loaded(tmp_path, recipe_text(choice(backend, weight_dtype, task), "recipe.toml"), task)
     assert recipe.quantization.backend == backend and recipe.data.train[0].format == task
     assert getattr(recipe.quantization.options, "weight_dtype", None) == weight_dtype
 
 
-@pytest.mark.parametrize("task", COLUMNS)
+@pytest.mark.parametrize("task", FORMATS)
 def test_every_line_that_is_commented_out_can_be_had(tmp_path, task):
     text = recipe_text(choice(task=task), "recipe.toml")
     uncommented, count = re.subn(r"^#(?=[a-z_]+ = )", "", text, flags=re.MULTILINE)
@@ -63,7 +64,7 @@ def test_a_recipe_with_a_schema_begins_with_its_path():
     assert text.startswith("#:schema ./recipe.schema.json\n# Trains")
 
 
-@pytest.mark.parametrize("task", ["chat", "instruct", "completion"])
+@pytest.mark.parametrize("task", FORMATS)
 def test_the_sample_rows_are_of_the_task(tmp_path, task):
     source = loaded(tmp_path, recipe_text(choice(task=task), "recipe.toml"), task).data.train[0]
     rows = [json.loads(line) for line in sample_rows(task).splitlines()]

@@ -23,6 +23,8 @@ from quantune.recipe.positions import Path
 from quantune.recipe.structure import Finding
 
 TABLE: Path = ("quantization",)
+DROP = "drop [quantization]"
+"""What a hint about the canonical form says where older keys may stand for the table."""
 
 
 @attrs.frozen(kw_only=True)
@@ -36,6 +38,8 @@ class Rewritten:
     """What can't be rewritten."""
     sources: dict[Path, Path] = attrs.field(factory=dict)
     """Keys of the canonical form that came from elsewhere, and where from."""
+    drop: str = DROP
+    """How to have no `[quantization]`, in the names of the keys that are there."""
 
     def source(self, path: Path) -> Path:
         """Where a key of the canonical form is written."""
@@ -50,6 +54,7 @@ class Rewritten:
             attrs.evolve(
                 finding,
                 path=self.source(finding.path),
+                hint=finding.hint and finding.hint.replace(DROP, self.drop),
                 other=None if finding.other is None else self.source(finding.other),
             )
             for finding in findings
@@ -84,7 +89,16 @@ def rewrite(document: dict[str, Any]) -> Rewritten:
         # how else to write what can't be meant would contradict the finding
         *(_warning(claim, canonical) for claim in reading.claims if claim.path not in refuted),
     ]
-    return Rewritten(document=rest, warnings=warnings, findings=findings, sources=sources)
+    return Rewritten(document=rest, warnings=warnings, findings=findings, sources=sources, drop=_drop(claims))
+
+
+def _drop(claims: Iterable[Claim]) -> str:
+    """What to do about the keys that say how the base is stored, for it to stay as it is."""
+    names = [claim.name for claim in claims if claim.form != "qlora" and (claim.canonical or claim.says or claim.needs)]
+    ways = [f"drop {' and '.join(names)}"] if names else []
+    if any(claim.form == "qlora" for claim in claims):
+        ways.append('write [adapter] type = "lora"')
+    return " and ".join(ways)
 
 
 def _one_a_key(findings: Iterable[Finding]) -> list[Finding]:
