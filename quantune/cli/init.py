@@ -14,12 +14,12 @@ from quantune.backends.schemas import installed_schema
 from quantune.cli.console import err, warning
 from quantune.recipe.schema import Format
 from quantune.recipe.starter import (
-    SAMPLE,
     Choice,
     base_in,
     data_in,
     recipe_text,
     sample_beside,
+    sample_of,
     schema_beside,
     write_new,
 )
@@ -55,7 +55,7 @@ def init(
         options=description.options,
         weight_dtype=dtype,
         task=task,
-        data=data_in(output, data) if data else SAMPLE,
+        data=data_in(output, data) if data else sample_of(task),
         schema=f"./{schema_beside(output).name}" if schema else None,
     )
     rows, sample = (data, {}) if data else sample_beside(output, task)

@@ -62,9 +62,10 @@ def _role(name: Any, source: SourceConfig, where: str, index: int) -> str:
         if name == role or name in source.roles.get(role, ()):
             return role
     known = [role + "".join(f" ({also})" for also in source.roles.get(role, ())) for role in ROLES]
+    example = "user" if str(name).lower() in ("human", "prompter", "customer") else "assistant"
     raise DataError(
         f"{where}: expected the role of message {index} to be one of {', '.join(known)}, found {name!r}; "
-        f'say which one it is, e.g. roles = {{assistant = ["{name}"]}}'
+        f'say which one it is, e.g. roles = {{{example} = ["{name}"]}}'
     )
 
 

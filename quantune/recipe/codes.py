@@ -407,23 +407,23 @@ CODES = (
         "at most 1 MiB of text, 100 levels deep and 100,000 values with every alias written out. Tags that make Python "
         "objects are refused.",
         example="# old.yaml\nbase_model: !!python/name:os.system",
-        corrected=WHOLE_YAML,
+        corrected="# old.yaml\nbase_model: org/model",
     ),
     Code(
         name="QT201",
         title="A YAML has a key twice.",
         explanation="YAML readers keep the last of two values without a word, so that one of them was never in effect. "
         "Both lines are shown: remove one.",
-        example=WHOLE_YAML + "lora_r: 16\n",
-        corrected=WHOLE_YAML,
+        example="# old.yaml\nlora_r: 8\nlora_alpha: 16\nlora_r: 16",
+        corrected="# old.yaml\nlora_alpha: 16\nlora_r: 16",
     ),
     Code(
         name="QT204",
         title="A YAML lacks what a recipe needs.",
         explanation="A recipe names a base, an adapter with its targets, and training data. Without an adapter the "
         "YAML asks for full fine-tuning, which quantune does not do.",
-        example=WHOLE_YAML.replace("adapter: lora\n", ""),
-        corrected=WHOLE_YAML,
+        example="# old.yaml\nadapter:\nlearning_rate: 0.0002",
+        corrected="# old.yaml\nadapter: lora\nlora_target_linear: true\nlearning_rate: 0.0002",
     ),
     Code(
         name="QT205",

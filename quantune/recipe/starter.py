@@ -34,8 +34,6 @@ from quantune.recipe.schema import (
     TrainingConfig,
 )
 
-SAMPLE = "data/train.jsonl"
-"""Where the rows to try a recipe with are, beside it."""
 WIDTH = 100
 _OPPOSITES = (
     *(("hot", "cold"), ("big", "small"), ("fast", "slow"), ("high", "low"), ("open", "closed"), ("full", "empty")),
@@ -137,9 +135,14 @@ def path_in(recipe: Path, path: Path) -> str:
     return beside if beside.startswith(".") else f"./{beside}"
 
 
+def sample_of(task: Format) -> str:
+    """The file of a task's sample, as it stands in the recipe."""
+    return f"data/{task}.jsonl"
+
+
 def sample_beside(recipe: Path, task: Format) -> tuple[Path, dict[Path, str]]:
     """Where the sample of the recipe in the file `recipe` is, and what to write there: nothing over rows it finds."""
-    path = recipe.parent / SAMPLE
+    path = recipe.parent / sample_of(task)
     return path, {} if path.exists() else {path: sample_rows(task)}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import tomli
 from commands import quantune_command, refused
 
 
@@ -41,7 +42,7 @@ def test_nothing_is_replaced_without_force(tmp_path):
 
 
 def test_data_is_kept_even_with_force(tmp_path):
-    rows = tmp_path / "data" / "train.jsonl"
+    rows = tmp_path / "data" / "chat.jsonl"
     rows.parent.mkdir()
     rows.write_text("mine")
     (tmp_path / "recipe.toml").write_text("replaced")
@@ -50,6 +51,15 @@ def test_data_is_kept_even_with_force(tmp_path):
     assert "torchao" in (tmp_path / "recipe.toml").read_text()
     assert quantune_command("init", "-o", str(tmp_path / "other.toml")).returncode == 0  # without --force, too
     assert rows.read_text() == "mine"
+
+
+def test_a_second_task_in_the_same_folder_has_a_sample_of_its_own(tmp_path):
+    for task in ("chat", "alpaca"):
+        recipe = tmp_path / f"{task}.toml"
+        assert quantune_command("init", "-o", str(recipe), "--task", task).returncode == 0
+        (source,) = tomli.loads(recipe.read_text())["data"]["train"]
+        assert (source["path"], source["format"]) == (f"data/{task}.jsonl", task)
+    assert set(json.loads((tmp_path / "data" / "alpaca.jsonl").read_text().splitlines()[0])) >= {"instruction"}
 
 
 def test_what_can_not_be_chosen_is_refused_before_anything_is_written(tmp_path):

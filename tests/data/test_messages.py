@@ -48,6 +48,7 @@ def test_other_keys_can_be_renamed_for_the_template_and_the_rest_reaches_it(tmp_
             "one of system, user (human), assistant (gpt) (bot), tool, found 'narrator'; say which one it is, "
             'e.g. roles = {assistant = ["narrator"]}',
         ),
+        ({"from": "Human", "value": "q"}, 'e.g. roles = {user = ["Human"]}'),
         ({"from": None, "value": "q"}, "found None"),
         ({"from": "human", "value": None}, "content of message 0 to be text, found null"),
     ],

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import tomli
 import tomlkit
+import yaml
 
 import quantune
 from quantune.backends.checkpoints import format_problem
 from quantune.backends.registry import backends_with_option, options_of
 from quantune.errors import InputError, RecipeError
-from quantune.recipe.codes import CODES, find_code
+from quantune.recipe.codes import CODES, WHOLE_YAML, find_code
 from quantune.recipe.load import load_recipe
 from quantune.recipe.migrate import migrate
 from quantune.recipe.preflight import check_files
@@ -66,10 +67,17 @@ def whole(snippet):
     return snippet if {"model", "data"} <= parsed.keys() else tomlkit.dumps(merged(BASE, parsed))
 
 
+def whole_yaml(snippet):
+    """A YAML around a snippet, whose keys take the place of the whole one's; another tool's stays as it is."""
+    keys = {key.value for key, _ in yaml.compose(snippet).value}
+    rest = {key: value for key, value in yaml.safe_load(WHOLE_YAML).items() if key not in keys}
+    return snippet if "model_name_or_path" in keys or not rest else f"{snippet}\n{yaml.safe_dump(rest)}"
+
+
 def codes_found(example, folder):
     """The codes of everything that `quantune check` says of an example, `migrate` of a YAML."""
     if example.startswith("# old.yaml"):
-        return {problem.code for problem in migrate(example, name="old.yaml").report.problems}
+        return {problem.code for problem in migrate(whole_yaml(example), name="old.yaml").report.problems}
     arguments = shlex.split(example.removeprefix("$ quantune check ")) if example.startswith("$") else ["example.toml"]
     if not example.startswith("$"):
         (folder / "example.toml").write_text(whole(example))
@@ -103,6 +111,11 @@ def test_codes_are_sorted_and_told_in_sentences():
     assert [code.name for code in CODES] == sorted({code.name for code in CODES})
     for code in CODES:
         assert code.title.endswith(".") and 2 <= len(re.findall(r"[.!](?:\s|$)", code.explanation)) <= 6, code.name
+
+
+def test_an_example_shows_the_keys_concerned_and_not_much_else():
+    for code in CODES:
+        assert len(code.example.splitlines()) <= 10, code.name
 
 
 @pytest.mark.parametrize("name", ["QT012", "qt012", " 12 ", "QT12"])

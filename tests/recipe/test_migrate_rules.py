@@ -15,6 +15,7 @@ import yaml
 from quantune.recipe.conflicts import check
 from quantune.recipe.load import structure_recipe
 from quantune.recipe.migrate import leaf_keys, migrate
+from quantune.recipe.migrate.data import ROLES_THERE
 from quantune.recipe.migrate.migrate import _registry
 from quantune.recipe.migrate.table import BY_KEY, RULES
 
@@ -69,6 +70,7 @@ def prompt(**type_):
 
 
 SOURCE = "data.train[0]"
+TWO = {"datasets": [{"path": "org/data", "type": "alpaca"}, {"path": "org/more", "type": "alpaca"}]}
 ROWS = [
     # model
     ({}, "base_model", "translated", {"model.base": "org/model"}),
@@ -174,6 +176,11 @@ ROWS = [
     (one(path="s3://bucket/rows.jsonl"), "datasets[0].path", "refused", {}),
     (one(path="./folder"), "datasets[0].path", "refused", {}),
     (one(path="rows.jsonl.zst", ds_type="json"), "datasets[0].path", "refused", {}),
+    (one(path="data/corpus.txt"), "datasets[0].path", "refused", {f"{SOURCE}.dataset": NOTHING}),
+    (one(path="data/x.arrow"), "datasets[0].path", "refused", {f"{SOURCE}.dataset": NOTHING}),
+    (one(path="data/x.jsonl.gz"), "datasets[0].path", "refused", {f"{SOURCE}.dataset": NOTHING}),
+    (one(path="text", data_files="x.txt"), "datasets[0].data_files", "refused", {f"{SOURCE}.dataset": NOTHING}),
+    (one(path="org/data.v2"), "datasets[0].path", "translated", {f"{SOURCE}.dataset": "org/data.v2"}),
     (
         one(path="json", data_files="a.jsonl", ds_type="json"),
         "datasets[0].data_files",
@@ -203,7 +210,9 @@ ROWS = [
     (one(revision="v1"), "datasets[0].revision", "translated", {f"{SOURCE}.revision": "v1"}),
     # data: what a row is
     (one(type="chat_template.default"), "datasets[0].type", "translated", {f"{SOURCE}.format": "chat"}),
-    (one(type="alpaca"), "datasets[0].type", "translated", {f"{SOURCE}.format": "alpaca"}),
+    (one(), "datasets[0].type", "translated", {f"{SOURCE}.roles": ROLES_THERE}),
+    (one(roles={}), "datasets[0].roles", "default", {f"{SOURCE}.roles": ROLES_THERE}),
+    (one(type="alpaca"), "datasets[0].type", "translated", {f"{SOURCE}.format": "alpaca", f"{SOURCE}.roles": NOTHING}),
     (
         one(type="completion"),
         "datasets[0].type",
@@ -281,10 +290,7 @@ ROWS = [
         one(message_property_mappings={"role": "from", "content": "value"}),
         "datasets[0].message_property_mappings.role",
         "translated",
-        {
-            f"{SOURCE}.message_keys": {"role": "from", "content": "value"},
-            f"{SOURCE}.roles": {"user": ["human"], "assistant": ["gpt"]},
-        },
+        {f"{SOURCE}.message_keys": {"role": "from", "content": "value"}, f"{SOURCE}.roles": ROLES_THERE},
     ),
     (
         one(message_property_mappings={"role": "role", "content": "content"}),
@@ -302,7 +308,7 @@ ROWS = [
         one(message_field_content="value"),
         "datasets[0].message_field_content",
         "translated",
-        {f"{SOURCE}.message_keys": {"content": "value"}, f"{SOURCE}.roles": NOTHING},
+        {f"{SOURCE}.message_keys": {"content": "value"}},
     ),
     (
         one(message_property_mappings={"role": "from"}, roles={"user": ["human"], "assistant": ["gpt", "bot"]}),
@@ -361,6 +367,8 @@ ROWS = [
         "translated",
         {"data.eval[0]": {"dataset": "org/test", "format": "alpaca", "split": "test"}, "data.eval_size": NOTHING},
     ),
+    ({"test_datasets": [{"path": "org/t", "type": "alpaca"}]}, "lora_r", "translated", {"data.eval[0].split": "test"}),
+    ({"test_datasets": [{"path": "t.csv", "type": "alpaca"}]}, "lora_r", "translated", {"data.eval[0].split": NOTHING}),
     # data: lengths, targets, evaluation
     ({}, "lora_r", "translated", {"data.max_length": 512}),
     ({"sequence_len": "2048"}, "sequence_len", "translated", {"data.max_length": 2048}),
@@ -395,8 +403,22 @@ ROWS = [
     ({"train_on_inputs": True}, "train_on_inputs", "changed", {f"{SOURCE}.loss_on": "all"}),
     ({"train_on_inputs": False}, "train_on_inputs", "default", {f"{SOURCE}.loss_on": NOTHING}),
     ({"shuffle_merged_datasets": True}, "shuffle_merged_datasets", "default", {"data.shuffle": NOTHING}),
-    ({"shuffle_merged_datasets": False}, "shuffle_merged_datasets", "changed", {"data.shuffle": False}),
+    ({"shuffle_merged_datasets": False}, "shuffle_merged_datasets", "dropped", {"data.shuffle": NOTHING}),
+    ({**EVALUATED, "shuffle_merged_datasets": False}, "shuffle_merged_datasets", "dropped", {"data.shuffle": NOTHING}),
+    (
+        {"shuffle_merged_datasets": False, "curriculum_sampling": True},
+        "shuffle_merged_datasets",
+        "translated",
+        {"data.shuffle": False},
+    ),
     ({"curriculum_sampling": True}, "curriculum_sampling", "translated", {"data.shuffle": False}),
+    ({**TWO, "curriculum_sampling": True}, "curriculum_sampling", "changed", {"data.shuffle": False}),
+    (
+        {**TWO, "curriculum_sampling": True, "shuffle_merged_datasets": False},
+        "curriculum_sampling",
+        "translated",
+        {"data.shuffle": False},
+    ),
     # adapter
     ({"lora_r": "64"}, "lora_r", "translated", {"adapter.r": 64}),
     ({"lora_r": -1}, "lora_r", "refused", {"adapter.r": 8}),
@@ -875,6 +897,43 @@ def test_what_a_recipe_can_not_do_without_is_a_problem(changes, key, part):
     assert not report.ok
 
 
+@pytest.mark.parametrize("adapter", [{"adapter": None}, {"adapter": "ia3"}])
+def test_what_is_no_lora_adapter_there_has_no_default_rank_there(adapter):
+    migration = migrated({**adapter, "lora_r": NOTHING, "lora_alpha": NOTHING})
+    assert not {"r", "alpha"} & migration.document["adapter"].keys()
+    if adapter["adapter"] is None:
+        (problem,) = migration.report.problems
+        assert "but a LoRA adapter" in problem.message and "trains a LoRA adapter" in problem.hint
+
+
+def test_each_key_of_a_prompt_says_what_it_has_a_part_in():
+    prompts = {"field_instruction": "q", "field_input": "c", "field_output": "a", "format": "{instruction}: {input}"}
+    migration = migrated(prompt(**prompts, no_input_format="{instruction}:"))
+    said = {key: entry_of(migration, f"datasets[0].type.{key}") for key in (*prompts, "no_input_format")}
+    assert {key: [to.rpartition(".")[2] for to in entry.to] for key, entry in said.items()} == {
+        "field_instruction": ["format", "template", "template_no_input"],
+        "field_input": ["template", "input_column"],
+        "field_output": ["response_column"],
+        "format": ["template"],
+        "no_input_format": ["template_no_input"],
+    }
+    assert [key for key, entry in said.items() if entry.note] == ["field_instruction"]
+    assert "column system of a row" in said["field_instruction"].note
+
+
+def test_rows_held_out_without_shuffling_are_others_than_there():
+    notes = [
+        entry_of(migrated({**evaluated, "shuffle_merged_datasets": False}), "shuffle_merged_datasets").note
+        for evaluated in ({}, EVALUATED)
+    ]
+    assert ["the last rows there" in note for note in notes] == [False, True]
+
+
+def test_a_refusal_of_offloading_ends_with_the_way_out():
+    entry = entry_of(migrated({"fsdp_config": {"offload_params": True}}), "fsdp_config.offload_params")
+    assert entry.note.endswith("leave it out")
+
+
 def test_a_duplicate_key_is_a_problem_that_names_both_lines():
     text = yaml.safe_dump(BASE) + "lora_r: 8\n"
     report = migrate(text, "old.yaml").report
@@ -982,6 +1041,8 @@ dataset = "org/data"               # was: path
 split = "train[:10%]"
 format = "chat"                    # was: type
 messages_column = "conversations"  # was: field_messages
+# the default there
+roles = {user = ["human"], assistant = ["gpt"]}
 
 [training]
 # micro_batch_size x gradient_accumulation_steps x 1 process; --processes N if it ran in more

@@ -50,7 +50,7 @@ class BnbOptions:
 
 def _probe() -> Probe:
     return probe_package(
-        "bitsandbytes", minimum=(0, 49), devices=("cpu", "cuda"), install="pip install 'bitsandbytes>=0.49'"
+        "bitsandbytes", minimum=(0, 50), devices=("cpu", "cuda"), install="pip install 'bitsandbytes>=0.50'"
     )
 
 

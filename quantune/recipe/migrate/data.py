@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
@@ -26,14 +26,21 @@ from quantune.recipe.migrate.rule import (
     writes,
 )
 from quantune.recipe.migrate.rule import value as takes
-from quantune.recipe.migrate.values import Unusable, flag, is_off, names, number, text, whole
+from quantune.recipe.migrate.values import Unusable, flag, names, number, text, whole
 from quantune.recipe.structure import describe
 
 PARTS = {"datasets": "train", "test_datasets": "eval"}
 LENGTH = 512
 """`sequence_len` where it is absent."""
-BUILDERS = ("json", "csv", "parquet")
+BUILDERS = ("json", "csv", "parquet", "text", "arrow")
 """What `ds_type` may be, and `path` where `data_files` names the files."""
+ROLES_THERE = {"user": ["human"], "assistant": ["gpt"]}
+"""What the roles of messages are called beside their own names where `roles` is absent."""
+_OTHER_FILES = (
+    *(".txt", ".tsv", ".ndjson", ".xml", ".xlsx", ".arrow", ".feather", ".orc", ".avro"),
+    *(".gz", ".zst", ".xz", ".bz2", ".lz4", ".zip", ".7z", ".tar", ".tgz"),
+)
+"""Endings of files that quantune does not read, which are no hub ids either."""
 _REMOTE = ("s3://", "gs://", "gcs://", "adl://", "abfs://", "az://", "oci://", "http://", "https://")
 _CHAT = ("chat_template", "chat_template.default", "chat_template.load")
 _ALPACA = ("Below is an instruction that describes a task", "paired with an input that provides further context")
@@ -79,6 +86,17 @@ _CUSTOM = {
     "system_format": "{system}",
 }
 """The keys of a `type` that is a mapping, with what they are where they are absent."""
+_PART_IN = {
+    "field_instruction": ("template", "template_no_input"),
+    "field_input": ("input_column", "template"),
+    "field_output": ("response_column",),
+    "format": ("template",),
+    "no_input_format": ("template_no_input",),
+    "system_prompt": ("template", "template_no_input"),
+    "system_format": ("template", "template_no_input"),
+}
+"""The keys of a source that each of them has a part in; that there is a prompt at all says `format`."""
+_SYSTEM_COLUMN = "there, the column system of a row, where it has one, takes the place of system_prompt"
 
 
 def dataset_of(leaf: Leaf) -> dict[Any, Any]:
@@ -116,7 +134,7 @@ def evaluates(config: Config) -> bool:
 
 def _is_file(dataset: dict[Any, Any]) -> bool:
     path = str(dataset.get("path") or "")
-    local = path.startswith(("./", "../", "/", "~")) or PurePosixPath(path).suffix.lower() in FILE_TYPES
+    local = path.startswith(("./", "../", "/", "~")) or PurePosixPath(path).suffix.lower() in FILE_TYPES + _OTHER_FILES
     by_name = dataset.get("ds_type") is not None and dataset.get("data_files") is None
     return local or by_name or (path in BUILDERS and dataset.get("data_files") is not None)
 
@@ -195,8 +213,20 @@ def _type(leaf: Leaf) -> Outcome:
 
 
 def _custom(leaf: Leaf) -> Outcome:
+    """The keys of the source that this key has a part in; the first one also writes those that none has a part in."""
     text(leaf.value) if leaf.name not in ("format", "no_input_format", "system_prompt", "system_format") else None
-    return writes({at(leaf, key): value for key, value in _prompt_of(dataset_of(leaf)["type"]).items()})
+    given = dataset_of(leaf)["type"]
+    made = _prompt_of(given)
+    said = {key: _parts(key, made) for key in _CUSTOM if given.get(key) is not None}
+    first = leaf.name == next(iter(said))
+    unsaid = made.keys() - set().union(*said.values()) if first else set()
+    says = {at(leaf, key): value for key, value in made.items() if key in said[leaf.name] | unsaid}
+    return writes(says, _SYSTEM_COLUMN if first else None)
+
+
+def _parts(key: str, made: Container[str]) -> set[str]:
+    """What a key has a part in; where there is one prompt for all rows, it is that."""
+    return {part for part in _PART_IN[key] if part in made} or {"template"}
 
 
 def _prompt_of(given: dict[Any, Any]) -> dict[str, str]:
@@ -252,12 +282,7 @@ def _column(key: str) -> Callable[[Leaf], Outcome]:
 def _message_key(leaf: Leaf) -> Outcome:
     known = str(leaf.path[-1]).removeprefix("message_field_")
     column = text(leaf.value)
-    if known == column:
-        return same()
-    made: dict[RecipePath, Any] = {at(leaf, "message_keys", known): column}
-    if known == "role" and is_off(dataset_of(leaf).get("roles")):
-        made[at(leaf, "roles", "user")], made[at(leaf, "roles", "assistant")] = ["human"], ["gpt"]
-    return writes(made)
+    return same() if known == column else write(at(leaf, "message_keys", known), column)
 
 
 def _thinking_key(leaf: Leaf) -> Outcome:
@@ -299,7 +324,7 @@ def _template(rule: Callable[[Leaf], Outcome]) -> Callable[[Leaf], Outcome]:
 
 def _roles_to_train(leaf: Leaf) -> Outcome:
     given = dataset_of(leaf).get("roles")
-    roles = given if isinstance(given, dict) else {"user": ["human"], "assistant": ["gpt"]}
+    roles = given if isinstance(given, dict) and given else ROLES_THERE
     called = {
         name: str(role) for role, listed in roles.items() if isinstance(listed, list) for name in map(str, listed)
     }
@@ -377,12 +402,21 @@ def _shuffle(leaf: Leaf) -> Outcome:
         return same()
     if leaf.config.flag("curriculum_sampling"):
         return write("data.shuffle", False)
-    note = "rows are visited in the files' order; that tool still drew batches at random unless curriculum_sampling"
-    return write("data.shuffle", False, note, changed=True)
+    note = "batches are drawn at random there all the same"
+    if leaf.config.number("val_set_size", 0) > 0:
+        note += "; what is held out is drawn at random here, and was the last rows there"
+    return drop(note)
 
 
 def _curriculum(leaf: Leaf) -> Outcome:
-    return write("data.shuffle", False) if flag(leaf.value) else same()
+    if not flag(leaf.value):
+        return same()
+    listed, key = leaf.config.get("datasets"), "shuffle_merged_datasets"
+    shuffled = key not in leaf.config.values or leaf.config.flag(key)  # a null switches it off
+    if not (shuffled and isinstance(listed, list) and len(listed) > 1):
+        return write("data.shuffle", False)
+    note = "the files' order; there, several datasets are shuffled once unless shuffle_merged_datasets is false"
+    return write("data.shuffle", False, note, changed=True)
 
 
 def _packing(leaf: Leaf) -> Outcome:
@@ -423,11 +457,11 @@ RULES: tuple[Rule, ...] = (
     translate(*_both("field_messages"), to="`messages_column`", by=_for("chat", _column("messages_column"))),
     translate(
         *_both("message_property_mappings.*", "message_field_role", "message_field_content"),
-        to="`message_keys`, and `roles` human and gpt where none are given",
+        to="`message_keys`",
         by=_for("chat", _message_key),
     ),
     translate(*_both("field_thinking", "template_thinking_key"), to="`message_keys`", by=_for("chat", _thinking_key)),
-    translate(*_both("roles.*"), to="`roles`", by=_for("chat", _role)),
+    translate(*_both("roles.*"), to="`roles`; without it human is user and gpt assistant", by=_for("chat", _role)),
     translate(*_both("drop_system_message"), to="`drop_system_message`", by=_for("chat", _drop_system)),
     translate(*_both("roles_to_train"), to="`loss_on`", by=_for("chat", _roles_to_train)),
     translate(*_both("train_on_eos"), to="`train_on_eos`", by=_for("chat", _train_on_eos)),

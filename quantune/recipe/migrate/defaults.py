@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from quantune.recipe.migrate.adapter import targets
-from quantune.recipe.migrate.data import LENGTH, PARTS, evaluates
+from quantune.recipe.migrate.data import LENGTH, PARTS, ROLES_THERE, evaluates, format_of
 from quantune.recipe.migrate.quantization import ADAPTERS, spelled
 from quantune.recipe.migrate.rule import Config, RecipePath
 from quantune.recipe.migrate.training import batch_size, micro_batch_size, scheduled
@@ -62,6 +62,18 @@ def defaults(config: Config, written: set[RecipePath]) -> Iterator[Default]:
     for section, key, value, note in _ROWS:
         if (section, key) not in written and _applies(section, key, config, written):
             yield Default(path=(section, key), value=value(config), note=note)
+    for key, part in PARTS.items():
+        listed = config.get(key)
+        for index, dataset in enumerate(listed if isinstance(listed, list) else ()):
+            yield from _of_source(("data", part, index), dataset, written)
+
+
+def _of_source(source: RecipePath, dataset: Any, written: set[RecipePath]) -> Iterator[Default]:
+    if format_of(dataset) == "chat" and (*source, "format") in written and is_off(dataset.get("roles")):
+        yield Default(path=(*source, "roles"), value=ROLES_THERE, note=THERE)
+    of_hub = (*source, "dataset") in written and is_off(dataset.get("data_files"))
+    if source[1] == "eval" and of_hub and is_off(dataset.get("split")):
+        yield Default(path=(*source, "split"), value="test", note=f"{THERE} for test_datasets")
 
 
 def _applies(section: str, key: str, config: Config, written: set[RecipePath]) -> bool:
@@ -75,7 +87,7 @@ def _applies(section: str, key: str, config: Config, written: set[RecipePath]) -
         held_out = is_off(config.get("test_datasets"))  # rows of their own are there to be evaluated
         wanted = {"batch_size": True, "at_start": scheduled(config), "at_end": held_out and not scheduled(config)}
         return evaluates(config) and wanted[key]
-    return section != "adapter" or is_off(config.get("lora_model_dir"))
+    return section != "adapter" or (config.get("adapter") in ADAPTERS and is_off(config.get("lora_model_dir")))
 
 
 def lacks(config: Config) -> Iterator[Lack]:
@@ -110,9 +122,9 @@ def lacks(config: Config) -> Iterator[Lack]:
 
 
 def _no_adapter(config: Config) -> Iterator[Lack]:
-    hint = "write adapter: lora, or adapter: qlora on a 4-bit base"
+    hint = "write adapter: lora, or adapter: qlora on a 4-bit base; --force writes a recipe that trains a LoRA adapter"
     if any(path[0] == "quantization" for path in spelled(config).tables):
-        message = "expected an adapter: the quantized base is frozen, and nothing would be trained"
+        message = "expected an adapter: the quantized base is frozen, and only a LoRA adapter can be trained"
     else:
-        message = "expected an adapter, found none: quantune does not train all weights of a model"
+        message = "expected an adapter, found none: quantune does not train all weights of a model but a LoRA adapter"
     yield Lack(key="adapter", message=message, hint=hint)

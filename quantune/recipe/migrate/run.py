@@ -38,7 +38,9 @@ def _deepspeed(leaf: Leaf) -> Outcome:
 
 
 def _offload(leaf: Leaf) -> Outcome:
-    return same() if is_off(leaf.value) else refuse("the packed base stays on its device, a quarter of its size")
+    if is_off(leaf.value):
+        return same()
+    return refuse("the packed base stays on its device, a quarter of its size; leave it out")
 
 
 def _one(leaf: Leaf) -> Outcome:
