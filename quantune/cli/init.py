@@ -19,7 +19,7 @@ from quantune.recipe.starter import (
     data_in,
     recipe_text,
     sample_beside,
-    sample_path,
+    sample_of,
     schema_beside,
     write_new,
 )
@@ -55,7 +55,7 @@ def init(
         options=description.options,
         weight_dtype=dtype,
         task=task,
-        data=data_in(output, data) if data else sample_path(task),
+        data=data_in(output, data) if data else sample_of(task),
         schema=f"./{schema_beside(output).name}" if schema else None,
     )
     rows, sample = (data, {}) if data else sample_beside(output, task)

@@ -135,14 +135,14 @@ def path_in(recipe: Path, path: Path) -> str:
     return beside if beside.startswith(".") else f"./{beside}"
 
 
-def sample_path(task: Format) -> str:
-    """Where the rows to try a recipe of this task with are, beside it."""
+def sample_of(task: Format) -> str:
+    """The file of a task's sample, as it stands in the recipe."""
     return f"data/{task}.jsonl"
 
 
 def sample_beside(recipe: Path, task: Format) -> tuple[Path, dict[Path, str]]:
     """Where the sample of the recipe in the file `recipe` is, and what to write there: nothing over rows it finds."""
-    path = recipe.parent / sample_path(task)
+    path = recipe.parent / sample_of(task)
     return path, {} if path.exists() else {path: sample_rows(task)}
 
 
