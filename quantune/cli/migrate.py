@@ -25,7 +25,9 @@ def migrate(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The recipe of a single file; beside it by default.")
     ] = None,
-    report: Annotated[Path | None, typer.Option("--report", help="Write the report as JSON.")] = None,
+    report: Annotated[
+        Path | None, typer.Option("--report", help="Write the report as JSON; of several files it alone has every key.")
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Report only, write no recipe.")] = False,
     force: Annotated[
         bool, typer.Option("--force", help="Write the recipe without what can't be translated, listed at its head.")
@@ -56,13 +58,13 @@ def migrate(
     if len(done) > 1:
         _print_summary(done)
     if not (check or force) and any(_lacks_keys(one) for one in done):
-        err.print("nothing is written where a key is refused or unrecognised; --force writes the rest and lists these")
-    if report is not None:
-        document = {"files": [one.as_dict() for one in done]}
-        write_output(report, json.dumps(document, indent=2) + "\n")
+        err.print("nothing is written for a YAML with such problems; --force writes what can be and lists the rest")
     for one in done:
         if one.written is not None:
             out.print(escape(str(one.written)))
+    if report is not None:
+        document = {"files": [one.as_dict() for one in done]}
+        write_output(report, json.dumps(document, indent=2) + "\n")
     if not all(one.migration.report.ok and one.problem is None for one in done):
         raise typer.Exit(2)
 

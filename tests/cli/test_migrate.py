@@ -98,7 +98,7 @@ def test_a_folder_is_translated_with_a_summary(folder):
         "axolotl 10 translated",
         "llamafactory 1 refused, 1 problem",
     ]
-    assert last.startswith("nothing is written where a key is refused or unrecognised; --force writes the rest")
+    assert last.startswith("nothing is written for a YAML with such problems; --force writes what can be")
 
 
 def test_what_a_person_has_to_look_at_comes_last(folder):

@@ -730,6 +730,18 @@ QUANTIZED = [
         {"quantization": {"backend": "torchao", "weight_dtype": "int4", "group_size": 128}},
     ),
     (
+        {"model_quantization_config": {"bnb": {"weight_dtype": None}}},
+        "model_quantization_config.bnb.weight_dtype",
+        "translated",
+        {"quantization": {"backend": "bnb", "weight_dtype": "nf4"}},
+    ),
+    (
+        {"model_quantization_config": {"torchao": {"weight_dtype": "int4", "group_size": None}}},
+        "model_quantization_config.torchao.group_size",
+        "default",
+        {"quantization": {"backend": "torchao", "weight_dtype": "int4", "group_size": 128}},
+    ),
+    (
         {"model_quantization_config": "Mxfp4Config"},
         "model_quantization_config",
         "translated",

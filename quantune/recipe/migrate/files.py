@@ -13,7 +13,7 @@ import attrs
 from quantune.errors import InputError
 from quantune.recipe.load import OptionsOf
 from quantune.recipe.migrate.migrate import Migration, migrate, unreadable
-from quantune.recipe.migrate.reading import Unreadable
+from quantune.recipe.migrate.reading import LARGEST, Unreadable
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -45,16 +45,22 @@ def yaml_files(paths: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for path in paths:
-        if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-            if not inside:
-                raise InputError(f"expected YAML files in {path}, found none that ends in {' or '.join(SUFFIXES)}")
-            found += inside
-        elif path.exists():
-            found.append(path)
-        else:
-            raise InputError(f"there is no file {path}")
+        try:
+            found += _files_at(path)
+        except OSError as error:  # a name too long, a folder that may not be entered
+            raise InputError(f"{path} can't be read: {error.strerror}") from None
     return list(dict.fromkeys(found))
+
+
+def _files_at(path: Path) -> list[Path]:
+    if path.is_dir():
+        inside = sorted(file for file in path.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+        if not inside:
+            raise InputError(f"expected YAML files in {path}, found none that ends in {' or '.join(SUFFIXES)}")
+        return inside
+    if not path.exists():
+        raise InputError(f"there is no file {path}")
+    return [path]
 
 
 def migrate_files(
@@ -85,6 +91,8 @@ def migrate_files(
     """
     if output is not None and len(files) != 1:
         raise InputError(f"--output names the recipe of one file, found {len(files)} files")
+    if output is not None and os.path.isdir(output):
+        raise InputError(f"expected a file to write for --output, found the folder {output}")
     targets = [output or file.with_suffix(".toml") for file in files]
     _refuse_shared_places(files, targets if write else (), report)
     return [
@@ -115,7 +123,7 @@ def _migrate_file(
         migration = unreadable(str(file), error.message)
     if not write or migration.recipe is None or not (migration.report.ok or force):
         return Migrated(path=file, migration=migration)
-    if target.exists() and not overwrite:
+    if os.path.lexists(target) and not overwrite:
         problem = f"{target} is there already; --overwrite replaces it, --output names another"
         return Migrated(path=file, migration=migration, problem=problem)
     partial = target.with_name(f".{target.name}.partial")
@@ -132,7 +140,13 @@ def _migrate_file(
 
 def _read(file: Path) -> str:
     try:
-        return file.read_bytes().decode("utf-8-sig")
+        if not file.is_file():
+            raise Unreadable("expected a file, found a pipe or a device")
+        with file.open("rb") as opened:
+            content = opened.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise Unreadable(f"expected at most {LARGEST >> 20} MiB of text, found {file.stat().st_size:,} bytes")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Unreadable(f"expected UTF-8 text, found other bytes at position {error.start}") from None
     except OSError as error:

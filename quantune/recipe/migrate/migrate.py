@@ -15,6 +15,7 @@ from quantune.recipe.load import OptionsOf, sound_sections, structure_recipe
 from quantune.recipe.migrate import reading
 from quantune.recipe.migrate.defaults import Default, defaults, lacks
 from quantune.recipe.migrate.detect import NOT_YET, kind_of
+from quantune.recipe.migrate.quantization import named_alone
 from quantune.recipe.migrate.reading import Path, Position, key_text
 from quantune.recipe.migrate.report import Entry, Report
 from quantune.recipe.migrate.rule import Config, Leaf, Outcome, RecipePath, refuse, same
@@ -150,7 +151,7 @@ def _outcome(path: Path, value: Any, config: Config) -> Outcome:
         return refuse(f"expected a value under {path[0]}, found keys")
     if rule is None:
         return Outcome(what="unrecognised")
-    if value is None:
+    if value is None and not named_alone(path, config):
         return same()
     try:
         outcome = rule.apply(Leaf(path=path, value=value, config=config))
@@ -314,6 +315,8 @@ def _problem(
     line, column = position or (None, None)
     lines = _lines_of(text)
     source = lines[line - 1] if line is not None and line <= len(lines) else None
+    key = where.rpartition(".")[2]
+    spelled_out = source is not None and column is not None and source[column - 1 :].startswith(key)
     return Problem(
         code=code,
         where=where,
@@ -322,6 +325,7 @@ def _problem(
         line=line,
         column=column,
         source_line=source,
+        underline=(column, len(key)) if spelled_out and column is not None else None,
         origin=name,
     )
 

@@ -146,6 +146,14 @@ def _spelling(leaf: Leaf) -> Outcome:
     return _said(_share(leaf), leaf) if made is None else _as_argument(made, leaf)
 
 
+def named_alone(path: Path, config: Config) -> bool:
+    """Whether a null is all there is below the key that names the backend, as in `{bnb: {weight_dtype: null}}`."""
+    source = spelled(config).sources.get(("quantization", "backend"), ())
+    if len(source) != 2 or path[:2] != source:
+        return False
+    return all(value is None for below, value in leaves(config.values) if below[:2] == source)
+
+
 def _said(values: Mapping[RecipePath, Any], leaf: Leaf) -> Outcome:
     """The recipe's keys with their values, and at one key of the YAML that its experts are packed."""
     if leaf.path != _tells_of_experts(leaf.config):
@@ -204,7 +212,7 @@ def _unnamed(config: Config, above: Path) -> Mapping[RecipePath, Any]:
     return {
         path: value
         for path, value in found.tables.items()
-        if path[0] == "quantization" and path[1] not in holder and not _is_setting(found.sources.get(path, ()))
+        if path[0] == "quantization" and holder.get(path[1]) is None and not _is_setting(found.sources.get(path, ()))
     }
 
 

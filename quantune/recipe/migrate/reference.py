@@ -17,7 +17,8 @@ INTRODUCTION = """\
 reads an axolotl-style YAML and writes a recipe with comments: what each value was called, what was left out and why,
 what does not mean exactly the same. The recipe passes `quantune check`.
 
-Every key of the YAML has exactly one outcome in the report, which goes to standard error:
+Every key of the YAML has exactly one outcome in the report. Of one file it goes to standard error, whole; of several
+only what was refused, unrecognised or changed does, and `--report` has all of it:
 
 | outcome | what it means |
 |---|---|
@@ -27,8 +28,8 @@ Every key of the YAML has exactly one outcome in the report, which goes to stand
 | refused | quantune can't do it, with the way out |
 | unrecognised | no such key is known, with what was probably meant |
 
-A refused or unrecognised key, or something that is missing (an adapter, targets), makes the exit code 2 and nothing is
-written. `--force` writes the recipe without it, and lists it at the head.
+A refused or unrecognised key, one that stands twice, or something that is missing (an adapter, targets), makes the exit
+code 2 and nothing is written. `--force` writes the recipe without it, and lists it at the head.
 
 - **YAML** is read as PyYAML's safe loader reads it: `2e-5` is text there and becomes a number, `no` is false, `1:30` is
   90. A key that stands twice is reported. At most 1 MiB, 100 levels, 100,000 values with every alias expanded; no tags

@@ -78,14 +78,18 @@ def _why(entry: Entry) -> str:
 
 def _left_out(report: Report) -> list[str]:
     """The keys that nothing was written for, with the reasons, those with the same one together."""
-    by_reason: dict[str, list[str]] = {}
-    for entry in (*report.of("dropped"), *(one for one in report.of("translated") if not one.to)):
-        by_reason.setdefault(entry.note or "", []).append(shown(entry.key))
-    if not by_reason:
-        return []
-    lines = ["Left out, because a recipe needs none of it:"]
-    for reason, keys in by_reason.items():
-        lines += _wrapped(f"- {', '.join(keys)}: {shown(reason, 400)}")
+    silent = [entry for entry in (*report.of("dropped"), *report.of("translated")) if not entry.to]
+    lines: list[str] = []
+    for heading, entries in (
+        ("Not written, and not quite what it is here:", [entry for entry in silent if entry.changed]),
+        ("Left out, because a recipe needs none of it:", [entry for entry in silent if not entry.changed]),
+    ):
+        by_reason: dict[str, list[str]] = {}
+        for entry in entries:
+            by_reason.setdefault(entry.note or "", []).append(shown(entry.key))
+        lines += [heading] if by_reason else []
+        for reason, keys in by_reason.items():
+            lines += _wrapped(f"- {', '.join(keys)}: {shown(reason, 400)}")
     return lines
 
 
@@ -150,8 +154,8 @@ def _called(line: Line | None, name: str) -> str | None:
 
 
 def _short(path: Path) -> str:
-    """The key of its dataset, or the whole one."""
-    return str(path[2]) if path[0] in ("datasets", "test_datasets") and len(path) > 2 else key_text(path)
+    """The key in its dataset, or the whole one."""
+    return key_text(path[2:] if path[0] in ("datasets", "test_datasets") and len(path) > 2 else path)
 
 
 def _item(value: Any, indent: int) -> Any:
