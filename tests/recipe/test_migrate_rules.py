@@ -252,7 +252,7 @@ ROWS = [
     (
         prompt(field_instruction="q", field_input="c", system_prompt="Be {brief}.\n"),
         "datasets[0].type.system_prompt",
-        "translated",
+        "changed",
         {
             f"{SOURCE}.template": "Be {{brief}}.\n{q} {c} ",
             f"{SOURCE}.template_no_input": "Be {{brief}}.\n{q} ",
@@ -263,7 +263,7 @@ ROWS = [
     (
         prompt(field_input="c", format="{instruction}: {input}", no_input_format="{instruction}"),
         "datasets[0].type.field_input",
-        "translated",
+        "changed",
         {f"{SOURCE}.template": "{instruction}: {c}", f"{SOURCE}.template_no_input": "{instruction}"},
     ),
     (
@@ -272,9 +272,9 @@ ROWS = [
         "translated",
         {f"{SOURCE}.template": "<S>{instruction} {input} "},
     ),
-    (prompt(field_output="a"), "datasets[0].type.field_output", "translated", {f"{SOURCE}.response_column": "a"}),
+    (prompt(field_output="a"), "datasets[0].type.field_output", "changed", {f"{SOURCE}.response_column": "a"}),
     (prompt(no_input_format="{question}"), "datasets[0].type.no_input_format", "refused", {}),
-    (prompt(field_instruction="q"), "datasets[0].type.field_instruction", "translated", {}),
+    (prompt(field_instruction="q"), "datasets[0].type.field_instruction", "changed", {}),
     (
         {"datasets": [{"path": "org/data", "type": "completion", "field": "body"}]},
         "datasets[0].field",

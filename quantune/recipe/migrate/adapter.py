@@ -21,8 +21,8 @@ from quantune.recipe.migrate.rule import (
 )
 from quantune.recipe.migrate.rule import value as takes
 from quantune.recipe.migrate.values import Unusable, flag, is_off, names, number, whole
+from quantune.recipe.schema import ALL_LINEAR
 
-ALL_LINEAR = "all-linear"
 _REGEX = re.compile(r"[\\^$*+?{}\[\]()|]")
 _INITS = {"gaussian": "gaussian", "pissa": "pissa", "olora": "olora", "loftq": "loftq"}
 

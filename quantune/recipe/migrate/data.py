@@ -211,15 +211,17 @@ def _type(leaf: Leaf) -> Outcome:
 
 
 def _custom(leaf: Leaf) -> Outcome:
-    """The keys of the source that this key has a part in; the first one also writes those that none has a part in."""
+    """The keys of the source that this key has a part in, and at the first one the format; the rest are defaults."""
     text(leaf.value) if leaf.name not in ("format", "no_input_format", "system_prompt", "system_format") else None
     given = dataset_of(leaf)["type"]
-    made = _prompt_of(given)
+    made = prompt_of(given)
     said = {key: _parts(key, made) for key in _CUSTOM if given.get(key) is not None}
     first = leaf.name == next(iter(said))
-    unsaid = made.keys() - set().union(*said.values()) if first else set()
-    says = {at(leaf, key): value for key, value in made.items() if key in said[leaf.name] | unsaid}
-    return writes(says, _SYSTEM_COLUMN if first else None)
+    mine = said[leaf.name] | ({"format"} if first else set())
+    says = {at(leaf, key): value for key, value in made.items() if key in mine}
+    if leaf.name == ("system_prompt" if "system_prompt" in said else next(iter(said))):
+        return writes(says, _SYSTEM_COLUMN, changed=True)
+    return writes(says)
 
 
 def _parts(key: str, made: Container[str]) -> set[str]:
@@ -227,7 +229,7 @@ def _parts(key: str, made: Container[str]) -> set[str]:
     return {part for part in _PART_IN[key] if part in made} or {"template"}
 
 
-def _prompt_of(given: dict[Any, Any]) -> dict[str, str]:
+def prompt_of(given: dict[Any, Any]) -> dict[str, str]:
     """The keys of a source for a prompt that is spelled out.
 
     There, `format` is the prompt of rows with an input and `no_input_format` of those without, and both name the

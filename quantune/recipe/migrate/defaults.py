@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 from quantune.recipe.migrate.adapter import targets
-from quantune.recipe.migrate.data import LENGTH, PARTS, ROLES_THERE, evaluates, format_of
+from quantune.recipe.migrate.data import LENGTH, PARTS, ROLES_THERE, evaluates, format_of, prompt_of
 from quantune.recipe.migrate.quantization import ADAPTERS, spelled
 from quantune.recipe.migrate.rule import Config, RecipePath
 from quantune.recipe.migrate.training import batch_size, micro_batch_size, scheduled
@@ -71,6 +71,11 @@ def defaults(config: Config, written: set[RecipePath]) -> Iterator[Default]:
 def _of_source(source: RecipePath, dataset: Any, written: set[RecipePath]) -> Iterator[Default]:
     if format_of(dataset) == "chat" and (*source, "format") in written and is_off(dataset.get("roles")):
         yield Default(path=(*source, "roles"), value=ROLES_THERE, note=THERE)
+    prompt = dataset.get("type") if isinstance(dataset, dict) else None
+    if isinstance(prompt, dict) and (*source, "format") in written:
+        for key, value in prompt_of(prompt).items():
+            if (*source, key) not in written:
+                yield Default(path=(*source, key), value=value, note=THERE)
     of_hub = (*source, "dataset") in written and is_off(dataset.get("data_files"))
     if source[1] == "eval" and of_hub and is_off(dataset.get("split")):
         yield Default(path=(*source, "split"), value="test", note=f"{THERE} for test_datasets")

@@ -112,7 +112,12 @@ RULES: tuple[Rule, ...] = (
         ),
         because=_SHARDING,
     ),
-    translate("deepspeed", "deepspeed.**", to="nothing: FSDP2 takes its place", by=_deepspeed),
+    Rule(
+        keys=("deepspeed", "deepspeed.**"),
+        treatment="refuse",
+        meaning="quantune has no DeepSpeed; the counterpart in FSDP2 is shown",
+        apply=_deepspeed,
+    ),
     translate(
         "tensor_parallel_size",
         "context_parallel_size",
