@@ -16,7 +16,9 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import attrs
+import tomli
 
+from quantune.recipe import legacy
 from quantune.recipe.codes import CODES
 from quantune.recipe.schema import Recipe, SourceConfig, SpecialTokensConfig
 from quantune.recipe.structure import is_union
@@ -39,6 +41,30 @@ exit code is then 2:
           = did you mean "alpha"?
 
 This page is generated from the docstrings in `quantune/recipe/schema.py`.
+"""
+
+OLDER = (
+    'adapter = "qlora"',
+    "load_in_4bit = true",
+    "load_in_8bit = true",
+    'model_quantization_config = "Mxfp4Config"',
+    'model_quantization_config = "FineGrainedFP8Config"',
+    'model_quantization_config = {torchao = {weight_dtype = "int4"}}',
+    'model_quantization_config = {backend = "torchao", weight_dtype = "int8"}',
+    'peft = {backend = "bnb", weight_dtype = "nf4"}',
+    "load_in_4bit = true, bnb_config_kwargs = {bnb_4bit_use_double_quant = false}",
+    "load_in_4bit = true, quantize_moe_experts = true",
+    'quantization = {backend = "fp8", config_kwargs = {weight_block_size = [64, 64]}}',
+)
+"""Older spellings that the reference shows."""
+OLDER_INTRODUCTION = """\
+## Older spellings
+
+These are understood, at the head of a recipe or in the table they belong to, each with a `DEPRECATED` warning that says
+how to write it now. One that disagrees with another, or with `[quantization]`, is an error that shows both.
+
+| older | now |
+|---|---|
 """
 
 CODES_INTRODUCTION = """\
@@ -97,7 +123,15 @@ def render(extra: Mapping[str, type] = MappingProxyType({})) -> str:
             parts.append(_section("[[data.train]] and [[data.eval]]", SourceConfig))
         if field.name == "quantization":
             parts += [_section(f'[quantization] with backend = "{name}"', cls) for name, cls in extra.items()]
+    parts.append(OLDER_INTRODUCTION + "\n".join(map(_older_row, OLDER)) + "\n")
     return "\n".join(parts)
+
+
+def _older_row(spelling: str) -> str:
+    """An older spelling beside what the legacy pass says to write."""
+    warnings = legacy.rewrite(tomli.loads("made = {" + spelling + "}")["made"]).warnings
+    ways = [way for warning in warnings for way in (warning.hint or "").removeprefix("write ").split("; write ")]
+    return f"| `{spelling}` | {', '.join(f'`{way}`' for way in ways)} |"
 
 
 def _section(title: str, cls: type) -> str:
