@@ -208,11 +208,12 @@ def _unnamed(config: Config, above: Path) -> Mapping[RecipePath, Any]:
     holder: Any = config.values
     for step in above:
         holder = holder[step]
+    named = {key for key, value in holder.items() if value is not None} if isinstance(holder, dict) else set()
     found = spelled(config)
     return {
         path: value
         for path, value in found.tables.items()
-        if path[0] == "quantization" and holder.get(path[1]) is None and not _is_setting(found.sources.get(path, ()))
+        if path[0] == "quantization" and path[1] not in named and not _is_setting(found.sources.get(path, ()))
     }
 
 
