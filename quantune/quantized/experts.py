@@ -86,7 +86,7 @@ def updated(module: nn.Module, name: str, updates: tuple[ExpertsUpdate, ...]) ->
     try:
         yield
     finally:
-        module.low_rank_updates = outside  # type: ignore[assignment]
+        module.low_rank_updates = outside  # type: ignore[assignment]  # as above
 
 
 def _updates(module: nn.Module) -> dict[str, tuple[ExpertsUpdate, ...]]:

@@ -5,18 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-import string
 from collections.abc import Callable, Iterable, Mapping
 from difflib import SequenceMatcher
-from pathlib import PurePath
 from typing import Any
 
 import attrs
 
-from quantune.recipe.positions import Path
 from quantune.recipe.schema import (
     ALL_LINEAR,
-    ROLES,
     AdapterConfig,
     CheckpointConfig,
     DataConfig,
@@ -24,23 +20,10 @@ from quantune.recipe.schema import (
     ModelConfig,
     QuantizationConfig,
     Recipe,
-    SourceConfig,
     TrainingConfig,
 )
-from quantune.recipe.slices import parse_split, parse_sum
+from quantune.recipe.source_conflicts import check_data, check_sources, one_of
 from quantune.recipe.structure import Finding, quoted
-
-FILE_TYPES = (".jsonl", ".json", ".csv", ".parquet")
-KEYS_OF = {
-    "chat": ("messages_column", "message_keys", "roles", "drop_system_message", "train_on_eos"),
-    "instruct": ("prompt_column", "response_column", "template", "input_column", "template_no_input"),
-    "completion": ("text_column",),
-}
-"""The keys of a source that belong to one format alone."""
-
-
-SourceFinding = tuple[str, str, str, str | None]
-"""Key, code, message and hint."""
 
 
 def check(recipe: Recipe) -> list[Finding]:
@@ -60,10 +43,10 @@ def check_sections(sections: Mapping[str, Any]) -> list[Finding]:
 def _training(training: TrainingConfig) -> Iterable[Finding]:
     if training.max_steps is not None and training.epochs is not None:
         message = "epochs and max_steps both set the length of the run"
-        yield _one_of(("training", "epochs"), ("training", "max_steps"), message)
+        yield one_of(("training", "epochs"), ("training", "max_steps"), message)
     if training.warmup_steps is not None and training.warmup_ratio is not None:
         message = "warmup_ratio and warmup_steps both set the warm-up"
-        yield _one_of(("training", "warmup_ratio"), ("training", "warmup_steps"), message)
+        yield one_of(("training", "warmup_ratio"), ("training", "warmup_steps"), message)
     if training.warmup_steps and training.max_steps and training.warmup_steps >= training.max_steps:
         yield Finding(
             code="QT020",
@@ -81,11 +64,6 @@ def _training(training: TrainingConfig) -> Iterable[Finding]:
             hint=_divisors_in_words(training.batch_size),
             other=("training", "batch_size"),
         )
-
-
-def _one_of(path: Path, other: Path, message: str) -> Finding:
-    """Two keys that say the same."""
-    return Finding(code="QT020", path=path, message=message, hint="remove one of them", other=other)
 
 
 def _divisors_in_words(number: int, shown: int = 12) -> str:
@@ -111,135 +89,6 @@ def _evaluation(evaluation: EvaluationConfig, data: DataConfig) -> Iterable[Find
             message="exact_match compares answers to prompts, and completion data has neither",
             hint='use format = "chat" or "instruct" in ' + ("[[data.eval]]" if data.eval else "[[data.train]]"),
         )
-
-
-def _sources(data: DataConfig) -> Iterable[Finding]:
-    for part in ("train", "eval"):
-        for index, source in enumerate(getattr(data, part)):
-            at = ("data", part, index)
-            if source.path is not None and source.dataset is not None:
-                message = "path and dataset both say where the rows come from"
-                yield _one_of((*at, "dataset"), (*at, "path"), message)
-            for key, code, message, hint in _source(source):
-                yield Finding(code=code, path=(*at, key), message=message, hint=hint)
-
-
-def _source(source: SourceConfig) -> Iterable[SourceFinding]:
-    unset = SourceConfig(format=source.format)
-    if source.path is None and source.dataset is None:
-        yield "path", "QT022", "a source needs a path (a file) or a dataset (of the hub)", None
-    if source.path is not None and source.dataset is None:
-        for key in ("name", "revision", "data_files"):
-            if getattr(source, key) != getattr(unset, key):
-                yield key, "QT021", f"{key} belongs to a dataset of the hub and has no meaning beside path", None
-        if PurePath(source.path).suffix.lower() not in FILE_TYPES:
-            yield "path", "QT014", f"expected a file ending in {', '.join(FILE_TYPES)}, found {source.path!r}", None
-        yield from _split_of_file(source.split)
-    else:
-        yield from _split_of_dataset(source.split)
-    for format_, keys in KEYS_OF.items():
-        for key in keys:
-            if format_ != source.format and getattr(source, key) != getattr(unset, key):
-                yield key, "QT021", f'{key} has no meaning for format = "{source.format}"', None
-    if source.format == "instruct":
-        yield from _instruct(source)
-    if source.format == "chat":
-        yield from _chat(source)
-    yield from _loss_on(source)
-
-
-def _split_of_file(text: str) -> Iterable[SourceFinding]:
-    try:
-        name = parse_split(text).name
-    except ValueError as error:
-        yield "split", "QT014", str(error), "of a file it is train, or a slice of it, e.g. train[:20%]"
-        return
-    if name != "train":
-        message = f'a file has one split, which is called train; split = "{text}" belongs to a dataset of the hub'
-        yield "split", "QT021", message, "use train, or a slice of it, e.g. train[:20%]"
-
-
-def _split_of_dataset(text: str) -> Iterable[SourceFinding]:
-    try:
-        parse_sum(text)
-    except ValueError as error:
-        yield "split", "QT014", str(error), "or a sum of such splits, e.g. train[:20%]+test"
-
-
-def _instruct(source: SourceConfig) -> Iterable[SourceFinding]:
-    for key in ("template", "template_no_input"):
-        problem = None if getattr(source, key) is None else _template_problem(getattr(source, key))
-        if problem:
-            yield key, "QT014", problem, 'write columns in braces, e.g. "Q: {prompt}\\nA: "'
-    if source.template is not None and source.prompt_column != "prompt":
-        message = "prompt_column has no meaning beside template, which names its columns itself"
-        yield "prompt_column", "QT021", message, f"write {{{source.prompt_column}}} in template, or leave template out"
-    pairs = [("input_column", "template_no_input"), ("template_no_input", "input_column")]
-    for key, other in [*pairs, ("input_column", "template")]:
-        if getattr(source, key) is not None and getattr(source, other) is None:
-            yield key, "QT022", f"{key} says which of two templates a row takes, and there is no {other}", None
-
-
-def _chat(source: SourceConfig) -> Iterable[SourceFinding]:
-    for role in source.roles:
-        if role not in ROLES:
-            message = f'expected the roles {", ".join(ROLES)}, found "{role}"'
-            yield "roles", "QT014", message, 'write the data\'s names behind them, e.g. {assistant = ["gpt"]}'
-    names = [(name, role) for role, names in source.roles.items() for name in names]
-    for name, role in names:
-        others = [other for another, other in names if another == name and other != role]
-        if name in ROLES and name != role:
-            others.append(name)
-        if others:
-            yield "roles", "QT020", f'"{name}" is the name of two roles, {role} and {others[0]}', None
-            break
-    keys = list({"role": "role", "content": "content", **source.message_keys}.values())
-    if len(set(keys)) != len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        yield "message_keys", "QT020", f'two keys of a message are read from "{twice}"', None
-    if source.drop_system_message and not isinstance(source.loss_on, str) and "system" in source.loss_on:
-        message = "loss_on trains on what the system message says, and drop_system_message leaves it out"
-        yield "loss_on", "QT020", message, "remove one of them"
-    if source.loss_on == "all" and source.train_on_eos != "turn":
-        message = 'train_on_eos has no meaning beside loss_on = "all", which trains on every token'
-        yield "train_on_eos", "QT021", message, f"list roles: loss_on = {json.dumps(ROLES)}"
-
-
-def _loss_on(source: SourceConfig) -> Iterable[SourceFinding]:
-    if isinstance(source.loss_on, str):
-        return
-    known = ROLES if source.format == "chat" else ("user", "assistant")
-    if source.format == "completion":
-        yield "loss_on", "QT021", "completion has no roles and trains on everything", "leave loss_on out"
-    elif not source.loss_on:
-        yield "loss_on", "QT014", "expected at least one role, found an empty list", None
-    for role in source.loss_on:
-        if source.format != "completion" and role not in known:
-            message = f'expected roles among {", ".join(known)}, found "{role}"'
-            yield "loss_on", "QT014", message, 'or loss_on = "all"' if role == "all" else None
-
-
-def _data(data: DataConfig) -> Iterable[Finding]:
-    if data.eval_size is not None and data.eval:
-        message = "eval_size and [[data.eval]] both say what is evaluated on"
-        yield _one_of(("data", "eval_size"), ("data", "eval"), message)
-    if data.overlong == "split" and not any(source.format == "completion" for source in (*data.train, *data.eval)):
-        message = 'overlong = "split" splits completion text, and no source has any'
-        hint = 'use "drop", which is what happens to other samples that are too long'
-        yield Finding(code="QT021", path=("data", "overlong"), message=message, hint=hint)
-
-
-def _template_problem(template: str) -> str | None:
-    try:
-        fields = [part for part in string.Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        return f"is no template: {error}"
-    if not fields or not all((column or "").isidentifier() for _, column, _, _ in fields):
-        return "expected at least one column in braces, and nothing else in braces"
-    for _, column, spec, conversion in fields:
-        if conversion not in (None, "r", "s", "a") or "{" in (spec or ""):
-            return f'the column "{column}" is formatted in a way that does not exist'
-    return None
 
 
 def _model(model: ModelConfig) -> Iterable[Finding]:
@@ -286,7 +135,7 @@ def _periods(evaluation: EvaluationConfig, checkpoint: CheckpointConfig) -> Iter
     for section, config in (("evaluation", evaluation), ("checkpoint", checkpoint)):
         if config.every_steps is not None and config.per_epoch is not None:
             message = "per_epoch and every_steps both say how often"
-            yield _one_of((section, "per_epoch"), (section, "every_steps"), message)
+            yield one_of((section, "per_epoch"), (section, "every_steps"), message)
 
 
 GPU_ATTENTION = ("flash_attention_2", "flash_attention_3", "flex_attention")
@@ -367,7 +216,7 @@ def _adapter_parts(adapter: AdapterConfig) -> Iterable[Finding]:
             )
     if adapter.start_from is not None and adapter.init != "default":
         message = f'init = "{adapter.init}" and start_from both say how the adapter begins'
-        yield _one_of(("adapter", "init"), ("adapter", "start_from"), message)
+        yield one_of(("adapter", "init"), ("adapter", "start_from"), message)
     if adapter.targets == () and not adapter.target_parameters:
         yield Finding(
             code="QT022",
@@ -460,8 +309,8 @@ def _evaluation_details(evaluation: EvaluationConfig, data: DataConfig) -> Itera
 _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
     (("training",), _training),
     (("evaluation", "data"), _evaluation),
-    (("data",), _sources),
-    (("data",), _data),
+    (("data",), check_sources),
+    (("data",), check_data),
     (("model",), _model),
     (("adapter",), _adapter),
     (("adapter",), _targets),

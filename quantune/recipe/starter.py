@@ -17,7 +17,6 @@ import tomlkit
 
 from quantune.errors import DataError, InputError, ModelError
 from quantune.outputs import write_output
-from quantune.recipe.conflicts import FILE_TYPES, KEYS_OF
 from quantune.recipe.preflight import base_problem, is_local
 from quantune.recipe.reference import field_docs_if_any, literal_values
 from quantune.recipe.schema import (
@@ -33,6 +32,7 @@ from quantune.recipe.schema import (
     SourceConfig,
     TrainingConfig,
 )
+from quantune.recipe.source_conflicts import FILE_TYPES, KEYS_OF
 
 WIDTH = 100
 _OPPOSITES = (

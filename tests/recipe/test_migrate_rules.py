@@ -19,7 +19,7 @@ from quantune.backends import registry
 from quantune.recipe.conflicts import check
 from quantune.recipe.load import structure_recipe
 from quantune.recipe.migrate import leaf_keys
-from quantune.recipe.migrate.data import ROLES_THERE
+from quantune.recipe.migrate.datasets import ROLES_THERE
 from quantune.recipe.migrate.table import BY_KEY, RULES
 
 BASE = {

@@ -8,7 +8,9 @@ from typing import Any
 import attrs
 
 from quantune.recipe.migrate.adapter import targets
-from quantune.recipe.migrate.data import LENGTH, PARTS, ROLES_THERE, evaluates, format_of, prompt_of
+from quantune.recipe.migrate.data import LENGTH, evaluates
+from quantune.recipe.migrate.datasets import PARTS, ROLES_THERE, format_of
+from quantune.recipe.migrate.prompts import prompt_of
 from quantune.recipe.migrate.quantization import ADAPTERS, spelled
 from quantune.recipe.migrate.rule import Config, RecipePath
 from quantune.recipe.migrate.training import batch_size, micro_batch_size, scheduled

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantune.recipe.migrate.data import PARTS
+from quantune.recipe.migrate.datasets import PARTS
 from quantune.recipe.migrate.rule import Rule
 from quantune.recipe.migrate.table import GROUPS
 

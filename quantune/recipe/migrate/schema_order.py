@@ -21,7 +21,8 @@ def class_of(path: tuple[str | int, ...]) -> type | None:
     for step in path:
         hints = get_type_hints(found) if found is not None and attrs.has(found) else {}
         annotation = hints.get(str(step))
-        found = next((one for one in (annotation, *get_args(annotation)) if attrs.has(one)), None)  # type: ignore[arg-type]
+        members: tuple[Any, ...] = (annotation, *get_args(annotation))
+        found = next((one for one in members if attrs.has(one)), None)
     return found
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 from types import MappingProxyType
 
-from quantune.recipe.migrate import adapter, data, model, other, quantization, run, training
+from quantune.recipe.migrate import adapter, data, datasets, model, other, quantization, run, training
 from quantune.recipe.migrate.reading import Path, _Index
 from quantune.recipe.migrate.rule import Rule
 
 GROUPS: dict[str, tuple[Rule, ...]] = {
     "Model": model.RULES,
-    "Data": data.RULES,
+    "Data": (*datasets.RULES, *data.RULES),
     "Adapter": adapter.RULES,
     "Quantization": quantization.RULES,
     "Training": training.RULES,
