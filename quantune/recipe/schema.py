@@ -307,8 +307,19 @@ class LoggingConfig:
 class DistributedConfig:
     """The processes of a run."""
 
+    processes: int | Literal["auto"] = attrs.field(default="auto", validator=positive_or_auto)
+    """Processes on this machine, each with a device of its own; the base and what is trained are sharded among them.
+    `auto`: one for each GPU, or one where there is none. Started by torchrun or srun, a run has the processes that it
+    was started with."""
+    max_restarts: int = attrs.field(default=3, validator=at_least(0))
+    """How often all processes are started again, from the last checkpoint, when one of them dies."""
+    timeout: float = attrs.field(default=600.0, validator=[positive, finite])
+    """Seconds after which a process that the others wait for counts as hung. While the base is loaded, twice that."""
+    cpu_offload: bool = False
+    """Keep each process's share of the weights and the optimizer's state in the CPU's memory, and copy what a block
+    needs to the GPU."""
     threads: int | Literal["auto"] = attrs.field(default="auto", validator=positive_or_auto)
-    """CPU threads of each process; `auto` leaves torch's own choice (or OMP_NUM_THREADS)."""
+    """CPU threads of each process; `auto` shares the CPU's cores among the processes (or takes OMP_NUM_THREADS)."""
 
 
 @attrs.frozen(kw_only=True)

@@ -1,0 +1,109 @@
+"""The processes that train together, and what they tell each other besides tensors of the model.
+
+Everything here also works in a process that is alone, without a process group.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@attrs.frozen(kw_only=True)
+class World:
+    """The processes of a run as one of them sees them."""
+
+    rank: int = 0
+    """This process among all, from 0."""
+    size: int = 1
+    """Processes in all."""
+    local_rank: int = 0
+    """This process among those of its machine, from 0."""
+    local_size: int = 1
+    """Processes on this machine."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
+        """The world that a launcher (torchrun, quantune itself) describes in `environment`; alone where none does."""
+        if "RANK" not in environment or "WORLD_SIZE" not in environment:
+            return cls()
+        size = int(environment["WORLD_SIZE"])
+        return cls(
+            rank=int(environment["RANK"]),
+            size=size,
+            local_rank=int(environment.get("LOCAL_RANK", environment["RANK"])),
+            local_size=int(environment.get("LOCAL_WORLD_SIZE", size)),
+        )
+
+    @property
+    def main(self) -> bool:
+        """Whether this process speaks, and writes what there is one of: rank 0."""
+        return self.rank == 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every process gave, by rank, on all of them."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def gather_numbers(self, numbers: Sequence[float]) -> list[list[float]]:
+        """As `gather`, for equally many numbers from each; cheap enough for every step."""
+        if self.size == 1:
+            return [list(numbers)]
+        mine = torch.tensor(numbers, dtype=torch.float64)
+        all_of_them = torch.empty(self.size * len(numbers), dtype=torch.float64)
+        dist.all_gather_into_tensor(all_of_them, mine)
+        return all_of_them.view(self.size, -1).tolist()
+
+    def broadcast(self, value: Any, source: int = 0) -> Any:
+        """What the process `source` gave, on all of them."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=source)
+        return values[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so: all of them get the same answer."""
+        return any(row[0] for row in self.gather_numbers([float(flag)]))
+
+
+@contextlib.contextmanager
+def joined(
+    world: World, device: torch.device, timeout: timedelta, *, alone: bool = False
+) -> Iterator[DeviceMesh | None]:
+    """Hold the process group of `world` for the length of the context, over gloo, and nccl for tensors on a GPU.
+
+    Yields the mesh that a model is sharded over; None for a process that is alone, unless `alone` asks for a group of
+    one.
+    """
+    if world.size == 1 and not alone:
+        yield None
+        return
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend, store=_store(world, timeout), rank=world.rank, world_size=world.size, timeout=timeout
+    )
+    try:
+        yield init_device_mesh(device.type, (world.size,))
+    finally:
+        dist.destroy_process_group()
+
+
+def _store(world: World, timeout: timedelta) -> dist.Store:
+    """Where the processes find each other: at MASTER_ADDR, as torch's `env://`."""
+    if world.size == 1 and "MASTER_ADDR" not in os.environ:
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
+    # the store outlives an attempt, and the keys of processes that died in it
+    return dist.PrefixStore(f"/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
