@@ -81,8 +81,9 @@ class ConsoleObserver:
         rows.add_section()
         rows.add_row("all", "", "", f"{total:,}", size(sum(row.nbytes for row in summary.rows)))
         err.print(rows)
+        shared = f", shared by {summary.processes} processes," if summary.processes > 1 else ""
         err.print(
-            f"[bold]{escape(summary.base)}[/] on {escape(summary.device)} in {summary.precision}, loaded in "
+            f"[bold]{escape(summary.base)}[/] on {escape(summary.device)} in {summary.precision}{shared} loaded in "
             f"{summary.seconds:.1f} s, peak {size(summary.peak_bytes)}; training {summary.trainable:,} weights "
             f"({summary.trainable / total:.1%}) on {summary.targets} layers"
         )

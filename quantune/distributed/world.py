@@ -61,9 +61,9 @@ class World:
         if self.size == 1:
             return [list(numbers)]
         mine = torch.tensor(numbers, dtype=torch.float64)
-        all_of_them = torch.empty(self.size * len(numbers), dtype=torch.float64)
-        dist.all_gather_into_tensor(all_of_them, mine)
-        return all_of_them.view(self.size, -1).tolist()
+        all_of_them = torch.empty(self.size, len(numbers), dtype=torch.float64)
+        dist.all_gather(list(all_of_them.unbind()), mine)
+        return all_of_them.tolist()
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
         """What the process `source` gave, on all of them."""
@@ -96,6 +96,7 @@ def joined(
     )
     try:
         yield init_device_mesh(device.type, (world.size,))
+        dist.barrier()  # one that is done early would close connections that others still use
     finally:
         dist.destroy_process_group()
 

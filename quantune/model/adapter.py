@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from quantune.distributed.shares import gathered
 from quantune.errors import ModelError
 from quantune.model.initialization import Initialization, initialization
 from quantune.model.load import packed_weights
@@ -64,7 +69,8 @@ def attach(
     _refuse_packed(model, config.modules_to_save)
     lora._register_custom_module(_custom_modules(model))
     torch.manual_seed(seed)
-    peft_model = get_peft_model(model, lora)
+    with _whole_weights(model):
+        peft_model = get_peft_model(model, lora)
     _compute_experts(peft_model)
     peft_model.peft_config[NAME].base_model_name_or_path = base_name
     compute_dtype = model.dtype
@@ -76,6 +82,22 @@ def attach(
             if isinstance(module, ModulesToSaveWrapper):
                 _compute_in_fp32(module.modules_to_save[NAME], compute_dtype)
     return peft_model
+
+
+@contextlib.contextmanager
+def _whole_weights(model: nn.Module) -> Iterator[None]:
+    """Let PEFT see the whole of dense weights that ranks share, where it looks at them: DoRA starts from their norms.
+
+    PEFT calls `dequantize()` of any layer that has a `W_q`.
+    """
+    shared = [one for one in model.modules() if type(one) is nn.Linear and isinstance(one.weight, DTensor)]
+    for layer in shared:
+        layer.W_q, layer.dequantize = True, functools.partial(gathered, layer.weight.data)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for layer in shared:
+            del layer.W_q, layer.dequantize
 
 
 def _custom_modules(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
@@ -121,7 +143,8 @@ def _begin_with(model: PeftModel, initialization: Initialization) -> None:
         layer.lora_B[NAME].weight.copy_(factors.lora_B)
         if NAME in layer.lora_magnitude_vector:  # DoRA: the norms of base and update together
             base = layer.get_base_layer()
-            weight = base.dequantize(torch.float32) if isinstance(base, QuantLinear) else base.weight.float()
+            packed = isinstance(base, QuantLinear)
+            weight = base.dequantize(torch.float32) if packed else gathered(base.weight).float()
             weight = weight + layer.scaling[NAME] * (layer.lora_B[NAME].weight @ layer.lora_A[NAME].weight)
             layer.lora_magnitude_vector[NAME].weight.copy_(torch.linalg.norm(weight, dim=1))
     initialization.factors.clear()  # as large as the adapter
@@ -146,14 +169,38 @@ def build_initialization(model: PreTrainedModel, config: AdapterConfig, *, seed:
     return initialization(config, names, seed=seed)
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`."""
+def needed_whole(model: PreTrainedModel, config: AdapterConfig, *, grown: bool) -> list[str]:
+    """Modules whose weights must be whole when the adapter is attached: copies of them are trained, or, in a vocabulary
+    that has `grown`, they get new rows."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    shared = [weight for end in ends if end is not None for weight in end.parameters()]
+    tied = len({id(weight) for weight in shared}) < len(shared)
+    names = [
+        name for name, _ in model.named_modules() if any(has_suffix(name, wanted) for wanted in config.modules_to_save)
+    ]
+    end_names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    if grown or (tied and set(names).intersection(end_names)):
+        names += end_names
+    return names
+
+
+def whole_state(model: PeftModel) -> dict[str, Tensor]:
+    """The state of the model, on the CPU where it is trained, with what is trained whole; all ranks call this."""
+    state = model.state_dict(keep_vars=True)
+    return {name: gathered(value.detach()).cpu() if value.requires_grad else value for name, value in state.items()}
+
+
+def save_adapter(model: PeftModel, folder: Path, whole: dict[str, Tensor] | None = None) -> None:
+    """Write the adapter as PEFT does: `adapter_config.json` and `adapter_model.safetensors`.
+
+    `whole` is the model's `whole_state`, where the model is sharded.
+    """
     config = model.peft_config[NAME]
     for key in ("target_modules", "exclude_modules", "target_parameters"):
         value = getattr(config, key)
         if isinstance(value, set):
             setattr(config, key, sorted(value))  # a set is written in an order that changes from run to run
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=whole)
     (folder / "adapter_model.safetensors").chmod((folder / "adapter_config.json").stat().st_mode)  # not for us alone
 
 

@@ -7,7 +7,7 @@ full precision stays so; layers that the recipe skips are dequantized, once.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,13 +99,19 @@ class AdoptWeight(ConversionOps):
             return _dense(tensors[leaf], module, leaf, self.plan, full_layer_name)
         found = {self.parts.get(name, name): tensor for name, tensor in tensors.items()}
         if experts.is_experts(module):
-            count = len(next(iter(found.values())))
-            each = [{part: tensor[index] for part, tensor in found.items()} for index in range(count)]
+            own = _own(self.plan, len(next(iter(found.values()))))
+            each = {index: {part: tensor[index] for part, tensor in found.items()} for index in own}
             return _stacked(each, module, leaf, self.plan, full_layer_name)
         assert isinstance(module, nn.Linear)
         weight_format = module.weight_format if isinstance(module, QuantLinear) else None
         shape = (module.out_features, module.in_features)
-        return _adopted(found, shape, weight_format, self.plan, full_layer_name)
+
+        def adopt() -> Tensor:
+            return _adopted(found, shape, weight_format, self.plan, full_layer_name)
+
+        if weight_format is not None:
+            return _packed(adopt, module.weight, self.plan, full_layer_name)
+        return _kept(adopt(), self.plan, full_layer_name)
 
 
 class AdoptExperts(ConversionOps):
@@ -132,9 +138,8 @@ class AdoptExperts(ConversionOps):
         module_name, _, leaf = full_layer_name.rpartition(".")
         module = model.get_submodule(module_name)
         with self.plan.noting_failures():
-            each = [
-                self._expert(input_dict, index, full_layer_name) for index in range(len(input_dict[self.sources[0]]))
-            ]
+            own = _own(self.plan, len(input_dict[self.sources[0]]))
+            each = {index: self._expert(input_dict, index, full_layer_name) for index in own}
             return {target_patterns[0]: _stacked(each, module, leaf, self.plan, full_layer_name)}
 
     def _expert(self, input_dict: dict[str, list[Tensor]], index: int, name: str) -> dict[str, Tensor]:
@@ -187,16 +192,28 @@ def _stacks_rows(operations: list[ConversionOps]) -> bool:
     return kinds == [MergeModulelist, Concatenate] and operations[1].dim == 1  # type: ignore[attr-defined]  # the second is a Concatenate
 
 
-def _stacked(each: list[dict[str, Tensor]], module: nn.Module, leaf: str, plan: QuantizationPlan, name: str) -> Tensor:
+def _own(plan: QuantizationPlan, count: int) -> range:
+    """Which of `count` experts this rank keeps."""
+    return range(count) if plan.shares is None else plan.shares.own(count)
+
+
+def _stacked(
+    each: dict[int, dict[str, Tensor]], module: nn.Module, leaf: str, plan: QuantizationPlan, name: str
+) -> Tensor:
+    """The experts that this rank keeps, by index, as a parameter."""
     weight_format = experts.weight_formats(module).get(leaf)
+    parameter = module.get_parameter(leaf)
     if weight_format is not None:
         shape = weight_format.layout.shape
     else:
-        shape = experts.expert_shape(module, module.get_parameter(leaf))
-    weights = [_adopted(one, shape, weight_format, plan, f"{name}[{index}]") for index, one in enumerate(each)]
+        shape = experts.expert_shape(module, parameter)
+    weights = [_adopted(one, shape, weight_format, plan, f"{name}[{index}]") for index, one in each.items()]
     if weight_format is None:
         weights = [experts.as_rows(module, weight) for weight in weights]
-    return _parameter(torch.stack(weights))
+    if plan.shares is None:
+        return _loaded(torch.stack(weights))
+    none = torch.empty(0, *parameter.shape[1:], dtype=parameter.dtype, device=plan.shares.kept_on)
+    return _loaded(plan.shares.of(torch.stack(weights) if weights else none, parameter.shape))
 
 
 def _adopted(
@@ -208,20 +225,33 @@ def _adopted(
 ) -> Tensor:
     """The bytes of one weight, or, for a layer that the recipe skips, the weight itself."""
     packed = adopt_weight(plan.backend, tensors, shape, plan.pack_dtype, plan.options, name=name)
-    if weight_format is None:
-        return _parameter(plan.backend.dequantize(packed, plan.compute_dtype))
-    return _parameter(packed.data)
+    return plan.backend.dequantize(packed, plan.compute_dtype) if weight_format is None else packed.data
 
 
 def _dense(weight: Tensor, module: nn.Module, leaf: str, plan: QuantizationPlan, name: str) -> Tensor:
     """A weight that the checkpoint keeps in full precision, packed if the recipe says so."""
     if isinstance(module, QuantLinear):
-        return _parameter(plan.pack(weight.to(plan.compute_dtype), name))
-    return weight.to(module.get_parameter(leaf).dtype)
+        return _packed(lambda: plan.pack(weight.to(plan.compute_dtype), name), module.weight, plan, name)
+    return _kept(weight.to(module.get_parameter(leaf).dtype), plan, name)
 
 
-def _parameter(data: Tensor) -> Tensor:
-    parameter = nn.Parameter(data, requires_grad=False)
+def _packed(make: Callable[[], Tensor], parameter: Tensor, plan: QuantizationPlan, name: str) -> Tensor:
+    """The bytes that `make` gives, or this rank's share of them."""
+    if plan.shares is None:
+        return _loaded(make())
+    return _loaded(plan.shares.packed(name, parameter.numel(), make))
+
+
+def _kept(weight: Tensor, plan: QuantizationPlan, name: str) -> Tensor:
+    """A dense weight, or this rank's share of it."""
+    if plan.shares is None or not plan.shares.covers(name, weight):
+        return _loaded(weight)
+    return _loaded(plan.shares.rows(weight))
+
+
+def _loaded(data: Tensor) -> nn.Parameter:
+    """A parameter, marked so that transformers does not draw it at random."""
+    parameter = data if isinstance(data, nn.Parameter) else nn.Parameter(data, requires_grad=False)
     parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # an attribute of transformers' own
     return parameter
 

@@ -16,20 +16,29 @@ Precision = Literal["fp32", "bf16"]
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def choose_device(device: str) -> torch.device:
-    """The device that `auto`, `cpu` or `cuda` means here.
+def choose_device(device: str, local_rank: int = 0) -> torch.device:
+    """The device that `auto`, `cpu` or `cuda` means for a process, the `local_rank`th of its machine.
 
     Raises:
-        InputError: `cuda` was asked for and there is none.
+        InputError: `cuda` was asked for and there is none, or not one for each process.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError(
             'expected a CUDA device for [training] device = "cuda", torch finds none; '
             'use device = "auto", or install a CUDA build of torch'
         )
-    return torch.device(device)
+    if device == "cpu":
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"process {local_rank} of this machine has no GPU of its own, torch finds {torch.cuda.device_count()}: "
+            'lower [distributed] processes, or set [training] device = "cpu"'
+        )
+    chosen = torch.device("cuda", local_rank)
+    torch.cuda.set_device(chosen)
+    return chosen
 
 
 def choose_precision(precision: Precision | Literal["auto"], device: torch.device) -> Precision:

@@ -15,7 +15,7 @@ import hashlib
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import attrs
 import torch
@@ -55,8 +55,8 @@ class Initialization:
     """The adapted layers."""
     factors: dict[str, Factors] = attrs.field(factory=dict)
     """By layer, once its weight was split."""
-    dense_digest: Any = attrs.field(factory=hashlib.sha256)
-    """sha256 over what is left of layers that are not packed; the bytes of packed ones have a fingerprint anyway."""
+    dense_digests: dict[str, str] = attrs.field(factory=dict)
+    """sha256 of what is left of layers that are not packed; the bytes of packed ones have a fingerprint anyway."""
 
     def split(self, name: str, weight: Tensor, round_trip: RoundTrip | None) -> Tensor:
         """What is left of `weight`, (out features, in features), for the base; its dtype stays.
@@ -76,8 +76,7 @@ class Initialization:
         self.factors[name] = factors
         rest = rest.to(weight.dtype)
         if round_trip is None:
-            self.dense_digest.update(name.encode())
-            self.dense_digest.update(rest.cpu().view(torch.uint8).numpy().data)
+            self.dense_digests[name] = hashlib.sha256(rest.cpu().view(torch.uint8).numpy().data).hexdigest()
         return rest
 
     def _loftq(self, name: str, weight: Tensor, dtype: torch.dtype, round_trip: RoundTrip) -> tuple[Tensor, Factors]:

@@ -12,11 +12,13 @@ from typing import Any
 import attrs
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from quantune.backends import registry
 from quantune.backends.checkpoints import in_words
+from quantune.distributed.shares import Shares, gathered
 from quantune.errors import ModelError, QuantizationError
 from quantune.model.adoption import kept_modules
 from quantune.model.base import Base
@@ -59,8 +61,11 @@ def load_model(
     device: torch.device,
     initialization: Initialization | None = None,
     pack_dtype: torch.dtype | None = None,
+    shares: Shares | None = None,
 ) -> PreTrainedModel:
     """Load the base onto `device`, frozen, packing its linear layers one by one when `quantization` is given.
+
+    With `shares` the large parameters are DTensors of which each rank holds its share.
 
     `initialization` takes an adapter's share out of the weights on the way. Weights are packed from `pack_dtype`, which
     is `compute_dtype` unless a base is to be the one that was trained on with another.
@@ -78,7 +83,7 @@ def load_model(
         )
     if quantization is not None:
         plan = plan_quantization(quantization, compute_dtype, device)
-        plan = attrs.evolve(plan, initialization=initialization, pack_dtype=pack_dtype or compute_dtype)
+        plan = attrs.evolve(plan, initialization=initialization, pack_dtype=pack_dtype or compute_dtype, shares=shares)
         if base.stored is not None:
             if initialization is not None:
                 raise ModelError(
@@ -86,19 +91,23 @@ def load_model(
                     f'{base.name} is already quantized; use init = "default", or choose the unquantized base'
                 )
             plan = attrs.evolve(plan, adopt=True, skip=(*plan.skip, *kept_modules(base.stored)))
+    config = None if plan is None and shares is None else QuantuneConfig(plan, shares, initialization)
     try:
         with lean_heap():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 base.source,
                 config=base.config,
                 dtype=compute_dtype,
-                device_map=None if device.type == "cpu" else {"": device},
+                # ranks put their shares where they belong; transformers would first make room for all of the model
+                device_map=None if device.type == "cpu" or shares is not None else {"": device},
                 use_safetensors=True,
                 attn_implementation=base.attn_implementation,
-                quantization_config=None if plan is None else QuantuneConfig(plan),
+                quantization_config=config,
                 output_loading_info=True,
                 **base.loading_arguments(),
             )
+        if shares is not None:
+            shares.finish()
     except torch.OutOfMemoryError:
         raise
     except (OSError, RuntimeError, ImportError, ValueError) as error:
@@ -106,6 +115,8 @@ def load_model(
             raise plan.failures[0] from error
         raise ModelError(f"[model] base = {json.dumps(base.name)} can't be loaded: {error}") from error
     model, info = loaded
+    if shares is not None:
+        _move_whole(model, device)
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
         raise ModelError(f"{base.name} lacks weights of its own architecture: {missing}. Fetch the checkpoint again")
@@ -115,8 +126,10 @@ def load_model(
     if quantization is not None:
         assert plan is not None
         _require_packed(model, plan)
-    if initialization is not None:
+    if initialization is not None and shares is None:
         _split_dense(model, initialization)
+    if initialization is not None and shares is not None:
+        initialization.factors.update(shares.merged(dict(initialization.factors)))
     return model
 
 
@@ -222,7 +235,7 @@ def packed_fingerprint(model: nn.Module) -> str:
     for name, module in model.named_modules():
         for leaf in packed_weights(module):
             digest.update(f"{name}.{leaf}".encode())
-            digest.update(module.get_parameter(leaf).detach().cpu().numpy().data)
+            digest.update(gathered(module.get_parameter(leaf).detach()).cpu().numpy().data)
     return digest.hexdigest()
 
 
@@ -230,6 +243,13 @@ def linear_layers(model: nn.Module) -> list[str]:
     """Names of the linear layers, the output head left out."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+
+
+def _move_whole(model: nn.Module, device: torch.device) -> None:
+    """Put what every rank holds whole, vectors and buffers, onto `device`."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(device)
 
 
 def _split_dense(model: nn.Module, initialization: Initialization) -> None:

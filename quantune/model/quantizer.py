@@ -23,7 +23,8 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from quantune.backends.backend import Backend, pack_weight
-from quantune.errors import QuantizationError
+from quantune.distributed.shares import Shares
+from quantune.errors import ModelError, QuantizationError
 from quantune.model.adoption import adopting_conversions
 from quantune.model.initialization import Initialization
 from quantune.model.names import matches_any
@@ -50,6 +51,8 @@ class QuantizationPlan:
     """The checkpoint is already in the backend's format: take it over."""
     initialization: Initialization | None = None
     """Takes the adapter's share out of the weights before they are packed."""
+    shares: Shares | None = None
+    """What this rank keeps of each weight; None for a process that keeps all."""
     workspace: Workspace = attrs.field(factory=Workspace)
     failures: list[Exception] = attrs.field(factory=list)
     """What went wrong with single weights, in order; transformers reports an operation's error only as text."""
@@ -69,7 +72,7 @@ class QuantizationPlan:
             packed = pack_weight(self.backend, weight, self.options, name=name)
             return self.backend.dequantize(packed, torch.float32)
 
-        weight = weight.to(self.pack_dtype)
+        weight = weight.to(self.shares.device if self.shares else weight.device, self.pack_dtype)
         if self.initialization is not None:
             weight = self.initialization.split(name.removesuffix(".weight"), weight, round_trip)
         return pack_weight(self.backend, weight, self.options, name=name).data
@@ -89,23 +92,35 @@ class QuantizationPlan:
 
 @register_quantization_config("quantune")
 class QuantuneConfig(QuantizationConfigMixin):
-    """Carries a `QuantizationPlan` into `from_pretrained`."""
+    """Carries what to pack and what to share into `from_pretrained`; one of the two may be None."""
 
-    def __init__(self, plan: QuantizationPlan) -> None:
+    def __init__(
+        self,
+        plan: QuantizationPlan | None,
+        shares: Shares | None = None,
+        initialization: Initialization | None = None,
+    ) -> None:
         self.quant_method: str = "quantune"  # type: ignore[assignment]  # the base class lists its own methods
         self.plan = plan
+        self.shares = shares
+        self.initialization = initialization
 
     def to_dict(self) -> dict[str, Any]:
         """What `config.json` would say."""
+        if self.plan is None:
+            return {"quant_method": self.quant_method}
         options = attrs.asdict(self.plan.options)
         return {"quant_method": self.quant_method, "backend": self.plan.backend.name, "skip": self.plan.skip, **options}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> QuantuneConfig:
+        return self  # transformers copies configurations; a process group can't be
 
-class PackWeight(ConversionOps):
-    """The last operation on a tensor that is being loaded: pack it."""
 
-    def __init__(self, plan: QuantizationPlan) -> None:
-        self.plan = plan
+class StoreWeight(ConversionOps):
+    """The last operation on a tensor that is being loaded: pack it, or take this rank's share of it, or both."""
+
+    def __init__(self, config: QuantuneConfig) -> None:
+        self.config = config
 
     @torch.no_grad()
     def convert(  # type: ignore[override]  # called with full_layer_name and model by keyword
@@ -118,27 +133,41 @@ class PackWeight(ConversionOps):
         model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        """Replace the one tensor in `input_dict` by its packed bytes, under `full_layer_name`."""
-        with self.plan.noting_failures():
-            return self._convert(input_dict, full_layer_name, model)
-
-    def _convert(
-        self, input_dict: dict[str, Tensor | list[Tensor]], full_layer_name: str, model: PreTrainedModel | None
-    ) -> dict[str, Tensor]:
+        """Replace the one tensor in `input_dict` by what the model is to hold, under `full_layer_name`."""
+        assert model is not None
         (value,) = input_dict.values()
         weight = value[0] if isinstance(value, list) else value
+        if not is_packed(model, full_layer_name):
+            return {full_layer_name: _loaded(self._share(weight, full_layer_name, model))}
+        assert self.config.plan is not None
+        with self.config.plan.noting_failures():
+            return {full_layer_name: _loaded(self._pack(self.config.plan, weight, full_layer_name, model))}
+
+    def _share(self, weight: Tensor, name: str, model: PreTrainedModel) -> nn.Parameter:
+        shares, initialization = self.config.shares, self.config.initialization
+        assert shares is not None
+        expected = model.get_parameter(name).shape
+        if weight.shape != expected:  # transformers leaves it to whoever stores the tensor
+            raise ModelError(f"{name}: expected the shape {tuple(expected)}, found {tuple(weight.shape)}")
+        if initialization is not None:  # every rank splits it: singular vectors are the same on all of them
+            weight = initialization.split(name.removesuffix(".weight"), weight.to(shares.device), None)
+        return shares.rows(weight)
+
+    def _pack(self, plan: QuantizationPlan, weight: Tensor, name: str, model: PreTrainedModel) -> nn.Parameter:
+        shares = self.config.shares
+        shape = model.get_parameter(name).shape
         if weight.dtype == torch.uint8:
-            data = weight  # experts that `PackExperts` packed
+            data = weight  # this rank's experts, that `PackExperts` packed
         elif weight.dim() == 3:
-            assert model is not None
-            module = model.get_submodule(full_layer_name.rpartition(".")[0])
-            rows = (experts.as_rows(module, expert) for expert in weight)
-            data = torch.stack([self.plan.pack(row, f"{full_layer_name}[{i}]") for i, row in enumerate(rows)])
+            module = model.get_submodule(name.rpartition(".")[0])
+            own = range(len(weight)) if shares is None else shares.own(len(weight))
+            packed = [plan.pack(experts.as_rows(module, weight[index]), f"{name}[{index}]") for index in own]
+            data = stacked(packed, shape, weight.device)
+        elif shares is not None:
+            return shares.packed(name, shape.numel(), lambda: plan.pack(weight, name))
         else:
-            data = self.plan.pack(weight, full_layer_name)
-        parameter = nn.Parameter(data, requires_grad=False)
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # as its module has
-        return {full_layer_name: parameter}
+            data = plan.pack(weight, name)
+        return nn.Parameter(data, requires_grad=False) if shares is None else shares.of(data, shape)
 
 
 class PackExperts(ConversionOps):
@@ -171,15 +200,20 @@ class PackExperts(ConversionOps):
         if name not in experts.weight_formats(module) or len(counts) != 1:  # skipped, or damaged: as transformers does
             return self._fuse(dict(input_dict), source_patterns, target_patterns, more)
         packed = []
-        for index in range(counts.pop()):
+        device = next(iter(input_dict.values()))[0].device
+        count = counts.pop()
+        own = range(count) if self.plan.shares is None else self.plan.shares.own(count)
+        for index in range(count):
             one = {pattern: [tensors[index]] for pattern, tensors in input_dict.items()}
             for tensors in input_dict.values():
                 tensors[index] = None  # type: ignore[call-overload]  # let go of each expert once it is packed
+            if index not in own:
+                continue
             (fused,) = self._fuse(one, source_patterns, target_patterns, more).values()
             fused = fused[0] if isinstance(fused, list) else fused
             with self.plan.noting_failures():
                 packed.append(self.plan.pack(experts.as_rows(module, fused[0]), f"{full_layer_name}[{index}]"))
-        return {target_patterns[0]: torch.stack(packed)}
+        return {target_patterns[0]: stacked(packed, model.get_parameter(full_layer_name).shape, device)}
 
     def _fuse(
         self, tensors: dict[str, Any], source_patterns: list[str], target_patterns: list[str], more: dict[str, Any]
@@ -199,10 +233,13 @@ class QuantuneQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QuantuneConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.pre_quantized = quantization_config.plan.adopt
+        plan = quantization_config.plan
+        self.pre_quantized = plan is not None and plan.adopt
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         plan = self.quantization_config.plan
+        if plan is None:
+            return model
         problem = shape_problem(model, plan)
         if problem is not None:
             raise QuantizationError(problem)
@@ -218,15 +255,20 @@ class QuantuneQuantizer(HfQuantizer):
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
-        module_name, _, leaf = param_name.rpartition(".")
-        module = model.get_submodule(module_name)
-        return (leaf == "weight" and isinstance(module, QuantLinear)) or leaf in experts.weight_formats(module)
+        if is_packed(model, param_name):
+            return True
+        shares = self.quantization_config.shares
+        parameters = dict(model.get_submodule(param_name.rpartition(".")[0]).named_parameters(recurse=False))
+        parameter = parameters.get(param_name.rpartition(".")[2])  # None for a buffer
+        return shares is not None and parameter is not None and shares.covers(param_name, parameter)
 
     def get_quantize_ops(self) -> ConversionOps:
-        return PackWeight(self.quantization_config.plan)
+        return StoreWeight(self.quantization_config)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *args: Any) -> list[Any]:
         plan = self.quantization_config.plan
+        if plan is None:
+            return weight_conversions
         if plan.adopt:
             return adopting_conversions(weight_conversions, self, plan)
         return [_packing_experts(conversion, plan) for conversion in weight_conversions]
@@ -237,6 +279,24 @@ class QuantuneQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def is_packed(model: nn.Module, name: str) -> bool:
+    """Whether the parameter called `name` holds packed bytes."""
+    module_name, _, leaf = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    return (leaf == "weight" and isinstance(module, QuantLinear)) or leaf in experts.weight_formats(module)
+
+
+def stacked(packed: list[Tensor], shape: torch.Size, device: torch.device) -> Tensor:
+    """Packed experts side by side, (experts, bytes); a rank may have none of those of `shape`."""
+    return torch.stack(packed) if packed else torch.empty(0, *shape[1:], dtype=torch.uint8, device=device)
+
+
+def _loaded(parameter: nn.Parameter) -> nn.Parameter:
+    """The parameter, marked so that transformers does not draw it at random."""
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # an attribute of transformers' own
+    return parameter
 
 
 def is_router(name: str) -> bool:

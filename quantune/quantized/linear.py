@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from quantune.backends.backend import Backend
 from quantune.backends.layout import PackedLayout, PackedWeight
+from quantune.distributed.shares import gathered
 from quantune.quantized import ops
 from quantune.quantized.workspace import Workspace
 
@@ -153,10 +154,10 @@ class QuantLinear(nn.Linear):
 
     @torch.no_grad()
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight as a dense tensor of its own, shape (out features, in features)."""
+        """The weight as a dense tensor of its own, shape (out features, in features); all ranks that share it call."""
         if torch.compiler.is_compiling():
             return ops.dequantize(self.weight, dtype or self.compute_dtype, self.weight_format.key)
-        return self.weight_format.dequantize(self.weight.data, dtype or self.compute_dtype)
+        return self.weight_format.dequantize(gathered(self.weight.data), dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return packed_linear(x, self.weight, self.bias, self.weight_format)

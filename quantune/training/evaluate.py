@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +15,23 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from quantune.data.chat import end_token_id
 from quantune.data.collate import collate, collate_prompts
 from quantune.data.tokenization import Sample
+from quantune.distributed.sharding import Root
+from quantune.distributed.world import World
 from quantune.recipe.schema import EvaluationConfig
+from quantune.training.loss import Loss
 from quantune.training.observer import EvaluationResult
 
 SHOWN_EXAMPLES = 3
+ALONE = World()
+
+
+class Stopped(Exception):
+    """A rank was asked to stop during an evaluation."""
 
 
 def evaluate(
-    model: nn.Module,
-    loss: Callable[[Tensor, Tensor], Tensor],
+    root: Root,
+    loss: Loss,
     samples: Sequence[Sample],
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluationConfig,
@@ -32,19 +40,40 @@ def evaluate(
     device: torch.device,
     step: int,
     pad_to: int = 0,
+    world: World = ALONE,
+    asked: Callable[[], bool] = lambda: False,
 ) -> EvaluationResult:
-    """Evaluate on `samples`, longest batches first, each padded to at least `pad_to` tokens; the model is left in the
-    mode it was in."""
+    """Evaluate on `samples`, longest batches first, each padded to at least `pad_to` tokens, dealt out to the ranks;
+    the model is left in the mode it was in. `asked` says whether this rank was asked to stop.
+
+    Raises:
+        Stopped: a rank was, all of them raise it together.
+    """
     begun = time.perf_counter()
     samples = samples[: config.max_samples]
     by_length = sorted(samples, key=lambda sample: -len(sample.input_ids))
-    training = model.training
-    model.eval()
+
+    def dealt(samples: Sequence[Sample]) -> Iterator[tuple[Sequence[Sample], bool]]:
+        """This rank's batches and whether they count: those who have none left take part in the others'."""
+        starts = range(0, len(samples), config.batch_size)
+        for first in range(0, len(starts), world.size):
+            if world.any(asked()):
+                raise Stopped
+            start = starts[min(first + world.rank, len(starts) - 1)]
+            yield samples[start : start + config.batch_size], first + world.rank < len(starts)
+
+    training = root.training
+    root.eval()
     try:
-        mean = _mean_loss(loss, by_length, config.batch_size, pad_id, pad_to, device)
-        answers = _answers(model, by_length, tokenizer, config, pad_id, device) if config.exact_match else []
+        mean = _mean_loss(root, loss, dealt(by_length), pad_id, pad_to, device, world)
+        answers = []
+        if config.exact_match:
+            answerable = [sample for sample in by_length if sample.reference is not None]
+            answers = _answers(root, dealt(answerable), tokenizer, config, pad_id, device, world)
     finally:
-        model.train(training)
+        root.reshard()
+        root.traffic.take()  # what a step reports is its own
+        root.train(training)
     matches = [answer == reference for _, reference, answer in answers]
     return EvaluationResult(
         step=step,
@@ -67,8 +96,11 @@ def generate(
     max_new_tokens: int,
     pad_id: int,
     temperature: float = 0.0,
+    together: bool = False,
 ) -> list[str]:
     """Continue left-padded prompts, both (batch, length) int64; greedily when `temperature` is 0.
+
+    With `together` a rank goes on until all are done: the others gather the model's blocks with it.
 
     Returns the text up to the end token, special tokens left out.
     """
@@ -79,6 +111,7 @@ def generate(
     tokens = model.generate(  # type: ignore[operator]  # transformers' and PEFT's models have it
         input_ids=input_ids,
         attention_mask=attention_mask,
+        synced_gpus=together,
         generation_config=GenerationConfig(
             max_new_tokens=max_new_tokens,
             eos_token_id=ends or None,
@@ -96,48 +129,56 @@ def generate(
 
 @torch.no_grad()
 def _mean_loss(
-    loss: Callable[[Tensor, Tensor], Tensor],
-    samples: Sequence[Sample],
-    batch_size: int,
+    root: Root,
+    loss: Loss,
+    batches: Iterable[tuple[Sequence[Sample], bool]],
     pad_id: int,
     pad_to: int,
     device: torch.device,
+    world: World,
 ) -> float:
     total, targets = 0.0, 0
-    for start in range(0, len(samples), batch_size):
-        batch = collate(samples[start : start + batch_size], pad_id, pad_to)
-        total += float(loss(batch.input_ids.to(device), batch.labels.to(device)))
-        targets += batch.target_tokens
-    return total / targets
+    for samples, counts in batches:
+        batch = collate(samples, pad_id, pad_to)
+        found = float(root(loss, batch.input_ids.to(device), batch.labels.to(device)))
+        if counts:
+            total += found
+            targets += batch.target_tokens
+    by_rank = world.gather_numbers([total, targets])
+    return sum(total for total, _ in by_rank) / sum(targets for _, targets in by_rank)
 
 
 def _answers(
-    model: nn.Module,
-    samples: Sequence[Sample],
+    root: Root,
+    batches: Iterable[tuple[Sequence[Sample], bool]],
     tokenizer: PreTrainedTokenizerBase,
     config: EvaluationConfig,
     pad_id: int,
     device: torch.device,
+    world: World,
 ) -> list[tuple[str, str, str]]:
-    """(prompt, reference, answer) of every sample that has a reference answer."""
-    answerable = [sample for sample in samples if sample.reference is not None]
-    answers = []
-    for start in range(0, len(answerable), config.batch_size):
-        batch = answerable[start : start + config.batch_size]
+    """(prompt, reference, answer) of every sample, each of which has a reference answer."""
+    by_batch = []
+    for batch, counts in batches:
         input_ids, attention_mask = collate_prompts(batch, pad_id)
-        texts = generate(
-            model,
+        texts = root(
+            generate,
+            root.model,
             input_ids.to(device),
             attention_mask.to(device),
             tokenizer,
             max_new_tokens=config.max_new_tokens,
             pad_id=pad_id,
+            together=world.size > 1,
         )
+        answers = []
         for sample, text in zip(batch, texts, strict=True):
             prompt = str(tokenizer.decode(sample.input_ids[: sample.prompt_length], skip_special_tokens=True))
             assert sample.reference is not None
             answers.append((prompt.strip(), sample.reference.strip(), text.strip()))
-    return answers
+        by_batch.append(answers if counts else [])
+    by_rank = world.gather(by_batch)
+    return [answer for batches in zip(*by_rank, strict=True) for answers in batches for answer in answers]
 
 
 def _end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import resource
 import threading
 import time
 from collections.abc import Iterator
@@ -53,6 +54,13 @@ def measure_peak(device: torch.device) -> Iterator[Peak]:
         peak.nbytes = max(peak.nbytes, anonymous_bytes() - before)
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most memory that this process has held: on CUDA what torch allocated, elsewhere what was resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def anonymous_bytes() -> int:
     """Anonymous memory of this process; its peak resident size where the system has no /proc."""
     try:
@@ -62,6 +70,4 @@ def anonymous_bytes() -> int:
                     return int(line.split()[1]) * 1024
     except FileNotFoundError:
         pass
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

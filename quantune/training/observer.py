@@ -17,13 +17,22 @@ class StepMetrics:
     epoch: float
     loss: float
     """Mean cross-entropy per target token."""
+    loss_max: float
+    """The same on the rank where it is largest."""
     grad_norm: float
     """Norm of the gradient before clipping."""
     learning_rate: float
     tokens: int
     """Tokens fed, padding left out."""
+    tokens_by_rank: tuple[int, ...]
     target_tokens: int
     seconds: float
+    data_seconds: float
+    """Of these, waiting for data, on the rank that waited longest."""
+    communicated_bytes: int
+    """Bytes that all ranks together received from each other: gathered weights and reduced gradients."""
+    peak_bytes_by_rank: tuple[int, ...]
+    """The most memory that each rank has held so far: on CUDA what torch allocated, elsewhere what was resident."""
 
 
 @attrs.frozen(kw_only=True)
@@ -48,6 +57,8 @@ class ModelSummary:
 
     base: str
     device: str
+    processes: int
+    """How many processes share the model."""
     precision: str
     rows: Sequence[Any]
     """`quantune.model.load.ModuleRow`s."""

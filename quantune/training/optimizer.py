@@ -38,12 +38,17 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainingConf
     return kind(groups, lr=config.learning_rate, betas=betas, eps=config.eps, weight_decay=config.weight_decay)
 
 
-def require_optimizer(config: TrainingConfig, device: torch.device) -> None:
-    """Require that the optimizer a recipe asks for works on `device`.
+def require_optimizer(config: TrainingConfig, device: torch.device, processes: int = 1) -> None:
+    """Require that the optimizer a recipe asks for works on `device`, in so many processes.
 
     Raises:
-        InputError: it pages a GPU's memory, and there is no GPU.
+        InputError: it pages a GPU's memory, and there is no GPU; or it can't work on shares of parameters.
     """
+    if config.optimizer != "adamw" and processes > 1:
+        raise InputError(
+            f'[training] optimizer = "{config.optimizer}" works on whole parameters, and {processes} processes have '
+            'shares of them; use optimizer = "adamw": each process holds its share of the moments'
+        )
     if config.optimizer.startswith("paged") and device.type == "cpu":
         raise InputError(
             f'[training] optimizer = "{config.optimizer}" moves its state out of a GPU\'s memory, and this run is on a '

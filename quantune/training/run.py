@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from quantune.checkpoint.commit import write_committed
@@ -18,6 +22,9 @@ from quantune.checkpoint.run_folder import PACKED, RunFolder
 from quantune.checkpoint.state import load_state, save_state
 from quantune.data.dataset import Dataset
 from quantune.data.prepare import prepare
+from quantune.distributed.sharding import Root, shard
+from quantune.distributed.shares import Shares
+from quantune.distributed.world import World, joined
 from quantune.errors import CheckpointError, InputError, InterruptedRun
 from quantune.model import adapter, targets
 from quantune.model.activations import offloading, recompute_blocks
@@ -28,21 +35,23 @@ from quantune.model.initialization import Initialization
 from quantune.model.load import check_plan, load_model, module_table, packed_fingerprint
 from quantune.model.quantizer import quantizable_experts
 from quantune.model.start import check_start, load_start
+from quantune.model.vocabulary import Additions
 from quantune.recipe.resolve import to_dict, to_toml
 from quantune.recipe.schema import Recipe
-from quantune.training.evaluate import evaluate
+from quantune.training.evaluate import Stopped, evaluate
 from quantune.training.loop import Hooks, Job, Progress, StopRequest, evaluation_due, fit
 from quantune.training.loss import Loss, build_loss
 from quantune.training.memory import measure_peak
 from quantune.training.observer import EvaluationResult, ModelSummary, Observer, StepMetrics
 from quantune.training.optimizer import build_optimizer, page_state, require_optimizer
 from quantune.training.packed_rows import RowLayout, layout_for
-from quantune.training.resolve import resolve, without_effect
+from quantune.training.resolve import idle_processes, resolve, without_effect
 
 UNCHANGEABLE = ("model", "quantization", "adapter", "training")
 """Sections that must be the same when a run is resumed; the data is compared by its tokens."""
 ORDER_AND_SHAPES = ("shuffle", "packing", "pad_to_max_length")
 """Keys of `[data]` that change the run and not the tokens."""
+ALONE = World()
 START = "the adapter that training starts from"
 """Its name among the fingerprints."""
 
@@ -59,54 +68,63 @@ class RunResult:
 
 
 def train(
-    recipe: Recipe, folder: RunFolder, observer: Observer, *, resume: bool = False, allow_remote_code: bool = False
+    recipe: Recipe,
+    folder: RunFolder,
+    observer: Observer,
+    *,
+    world: World = ALONE,
+    resume: bool = False,
+    allow_remote_code: bool = False,
 ) -> RunResult:
-    """Train what `recipe` (with absolute paths) says, in `folder`.
+    """Train what `recipe` (with absolute paths) says, in `folder`, as one of the processes of `world`.
+
+    All of them call this with the same arguments; the folder is written by rank 0 alone.
 
     Raises:
         InputError: the recipe, base, data or targets can't be used; found before any weight is loaded.
         QuantuneError: see `quantune.errors`.
     """
-    begun = time.perf_counter()
     if isinstance(recipe.distributed.threads, int):
         torch.set_num_threads(recipe.distributed.threads)
-    device = choose_device(recipe.training.device)
+    device = choose_device(recipe.training.device, world.local_rank)
+    timeout = timedelta(seconds=recipe.distributed.timeout)
+    with (
+        StopRequest().listening() as stop,
+        joined(world, device, timeout, alone=recipe.distributed.cpu_offload) as mesh,
+    ):
+        return _train(
+            recipe, folder, observer, stop, world, mesh, device, resume=resume, allow_remote_code=allow_remote_code
+        )
+
+
+def _train(
+    recipe: Recipe,
+    folder: RunFolder,
+    observer: Observer,
+    stop: StopRequest,
+    world: World,
+    mesh: DeviceMesh | None,
+    device: torch.device,
+    *,
+    resume: bool,
+    allow_remote_code: bool,
+) -> RunResult:
+    begun = time.perf_counter()
     if recipe.training.compile:
         require_compiler(device)
-    require_optimizer(recipe.training, device)
+    require_optimizer(recipe.training, device, world.size)
     require_attention(recipe.model, device)
-    for sentence in without_effect(recipe.training, device):
+    for sentence in without_effect(recipe, device):
         observer.warning(sentence)
 
     observer.phase("opening the base")
     base = open_base(recipe.model, recipe.quantization, allow_remote_code=allow_remote_code)
     recipe = attrs.evolve(recipe, quantization=base.quantization)
     meta = skeleton(base)
-    targets.match_targets(meta, recipe.adapter)
-    targets.match_parameters(meta, recipe.adapter.target_parameters)
-    targets.require_trained_tokens(meta, base.additions, recipe.adapter)
-    if recipe.quantization is not None:
-        check_plan(meta, recipe.quantization, device, base.stored)
-        targets.require_packed_target(meta, recipe.adapter, recipe.quantization, base.stored)
+    _check_model(recipe, base, meta, device, observer)
     start = None if recipe.adapter.start_from is None or resume else Path(recipe.adapter.start_from)
     if start is not None:  # a resumed run has the weights of its checkpoint
-        if start.resolve().is_relative_to(folder.path.resolve()):
-            raise InputError(
-                f"[adapter] start_from: {start} lies in the folder of this run, which is cleared when the run starts; "
-                "choose another [output] dir"
-            )
-        vocabulary = base.tokenizer.get_vocab()
-        added = {token: vocabulary[token] for token in base.additions.tokens}
-        check_start(start, skeleton(base), recipe.adapter, added)
-    if recipe.quantization is not None and not recipe.quantization.experts:
-        if next(quantizable_experts(meta, ()), None) is None:
-            observer.warning("[quantization] experts = false has no effect: this base has no fused experts")
-    beside = targets.left_out(meta) if targets.takes_all_linear(recipe.adapter) else []
-    if beside:
-        observer.warning(
-            f"all-linear leaves out {len(beside)} linear layers beside the experts, e.g. {beside[0]}: PEFT takes their "
-            "names for the experts' fused weights"
-        )
+        _check_start(start, folder, recipe, base)
     embedding: Any = meta.get_input_embeddings()
 
     observer.phase("reading the data")
@@ -123,71 +141,99 @@ def train(
         observer.data("eval", held_out.counts)
     pad_to = recipe.data.max_length if recipe.data.pad_to_max_length else 0
     longest = max(pad_to, *(len(sample.input_ids) for sample in dataset.samples))
-    recipe = resolve(recipe, device=device, sample_count=len(dataset.samples), longest=longest)
+    recipe = resolve(recipe, device=device, sample_count=len(dataset.samples), longest=longest, world=world)
+    idle = idle_processes(recipe.training, world)
+    if idle is not None:
+        observer.warning(idle)
+    fingerprints = _fingerprints(recipe, base, dataset)
+    if recipe.data.eval_size is not None and held_out is not None:
+        fingerprints["the tokens of the held-out data"] = held_out.fingerprint()
+    _require_same(fingerprints, world)
 
     observer.phase("loading the base")
     split = adapter.build_initialization(meta, recipe.adapter, seed=recipe.training.seed)
-    model, summary, packed = _load(recipe, base, device, split, start)
+    shares = None
+    if mesh is not None:
+        offload = recipe.distributed.cpu_offload
+        whole = adapter.needed_whole(meta, recipe.adapter, grown=base.additions != Additions())
+        shares = Shares(world=world, mesh=mesh, device=device, offload=offload, whole=whole)
+    model, summary, packed = _load(recipe, base, device, split, start, shares, world)
     observer.model(summary)
-    parameters = adapter.trainable_parameters(model)
-    optimizer = build_optimizer(parameters, recipe.training)
+    root = Root(model)
     inner = model.get_base_model()
     assert isinstance(inner, PreTrainedModel)
-    loss: Loss = build_loss(inner)
-    layout = layout_for(inner) if recipe.data.packing else RowLayout()
     if recipe.training.activation_checkpointing:
         recompute_blocks(inner)
-    if recipe.training.activation_checkpointing == "offload":
-        loss = offloading(loss, inner)
     if recipe.training.compile:
         observer.phase("compiling: the first steps take longer, up to minutes")
         compile_blocks(inner)
+    if mesh is not None:
+        shard(root, mesh, cpu_offload=recipe.distributed.cpu_offload)
+    with suspended(recipe.training.compile):
+        loss: Loss = root(build_loss, inner)
+        layout = root(layout_for, inner) if recipe.data.packing else RowLayout()
+        root.reshard()
+    root.traffic.take()
+    if recipe.training.activation_checkpointing == "offload":
+        loss = offloading(loss, inner)
+    parameters = adapter.trainable_parameters(model)
+    optimizer = build_optimizer(parameters, recipe.training)
 
-    fingerprints = {**_fingerprints(recipe, base, dataset), PACKED: packed}
+    fingerprints[PACKED] = packed
     if recipe.adapter.start_from is not None:
         begun_with = Path(recipe.adapter.start_from)
         gone = resume and not begun_with.is_dir()
         fingerprints[START] = folder.fingerprints().get(START) if gone else hash_files(begun_with.glob("adapter_*"))
-    if recipe.data.eval_size is not None and held_out is not None:
-        fingerprints["the tokens of the held-out data"] = held_out.fingerprint()
     if split is not None:
-        fingerprints["the weights that the adapter's share was taken out of"] = split.dense_digest.hexdigest()
+        fingerprints["the weights that the adapter's share was taken out of"] = dict(
+            sorted(split.dense_digests.items())
+        )
     progress = Progress()
     if resume:
         progress = _restore(folder, parameters, optimizer, fingerprints, observer)
-    else:
+    elif world.main:
         folder.clear()
-    folder.write_recipe(to_toml(recipe))
-    counts = {part: attrs.asdict(read.counts) for part, read in (("train", dataset), ("eval", held_out)) if read}
-    folder.write_manifest({**environment(), "device": summary.device, "data": counts, "fingerprints": fingerprints})
-    folder.write_status("running", progress.step)
+    if world.main:
+        folder.write_recipe(to_toml(recipe))
+        counts = {part: attrs.asdict(read.counts) for part, read in (("train", dataset), ("eval", held_out)) if read}
+        folder.write_manifest({**environment(), "device": summary.device, "data": counts, "fingerprints": fingerprints})
+        folder.write_status("running", progress.step)
 
     evaluations: list[EvaluationResult] = []
 
     def record(metrics: StepMetrics) -> None:
-        folder.metrics.append({"event": "step", **attrs.asdict(metrics)})
+        if world.main:
+            folder.metrics.append({"event": "step", **attrs.asdict(metrics)})
 
-    def run_evaluation(step: int) -> EvaluationResult | None:
+    def run_evaluation(step: int) -> bool:
         if held_out is None:
-            return None
-        with suspended(recipe.training.compile):
-            result = evaluate(
-                model,
-                loss,
-                held_out.samples,
-                base.tokenizer,
-                recipe.evaluation,
-                pad_id=base.pad_id,
-                device=device,
-                step=step,
-                pad_to=pad_to,
-            )
-        folder.metrics.append({"event": "evaluation", **attrs.asdict(result)})
+            return False
+        try:
+            with suspended(recipe.training.compile):
+                result = evaluate(
+                    root,
+                    loss,
+                    held_out.samples,
+                    base.tokenizer,
+                    recipe.evaluation,
+                    pad_id=base.pad_id,
+                    device=device,
+                    step=step,
+                    pad_to=pad_to,
+                    world=world,
+                    asked=lambda: stop.signal is not None,
+                )
+        except Stopped:
+            return True
+        if world.main:
+            folder.metrics.append({"event": "evaluation", **attrs.asdict(result)})
         evaluations.append(result)
         observer.evaluation(result)
-        return result
+        return False
 
     def save(progress: Progress) -> None:
+        if world.size > 1:
+            return  # TODO(state)
         folder.checkpoints.save(
             progress.step,
             lambda path: save_state(
@@ -205,7 +251,8 @@ def train(
     assert isinstance(recipe.training.micro_batch_size, int)
     job = Job(
         recipe=recipe,
-        model=model,
+        world=world,
+        root=root,
         loss=loss,
         parameters=parameters,
         optimizer=optimizer,
@@ -218,16 +265,21 @@ def train(
         pad_to=pad_to,
         layout=layout,
     )
-    with StopRequest().listening() as stop, tf32(recipe.training.tf32):
+    with tf32(recipe.training.tf32):
         due = evaluation_due(recipe.evaluation, progress.step, job.total_steps)
-        if due and not _evaluated(folder, progress.step):  # a run that is asked to stop does not wait for it
-            run_evaluation(progress.step)
-        finished = fit(job, progress, Hooks(record=record, evaluate=run_evaluation, save=save), observer, stop)
+        stopped = False
+        if due and not world.broadcast(world.main and _evaluated(folder, progress.step)):
+            stopped = run_evaluation(progress.step)  # a run that is asked to stop does not wait for it
+        finished = not stopped and fit(
+            job, progress, Hooks(record=record, evaluate=run_evaluation, save=save), observer, stop
+        )
         if not finished:
-            folder.write_status("interrupted", progress.step)
+            if world.main:
+                folder.write_status("interrupted", progress.step)
             raise InterruptedRun(f"stopped after step {progress.step} and saved; --resume goes on from there")
-    _publish_adapter(model, base, folder)
-    folder.write_status("finished", progress.step)
+    _publish_adapter(model, base, folder, world)
+    if world.main:
+        folder.write_status("finished", progress.step)
     return RunResult(
         folder=folder.path,
         adapter=folder.adapter,
@@ -237,23 +289,76 @@ def train(
     )
 
 
+def _check_model(recipe: Recipe, base: Base, meta: PreTrainedModel, device: torch.device, observer: Observer) -> None:
+    """Check targets and quantization against the model without weights, and warn of what has no effect there."""
+    targets.match_targets(meta, recipe.adapter)
+    targets.match_parameters(meta, recipe.adapter.target_parameters)
+    targets.require_trained_tokens(meta, base.additions, recipe.adapter)
+    if recipe.quantization is not None:
+        check_plan(meta, recipe.quantization, device, base.stored)
+        targets.require_packed_target(meta, recipe.adapter, recipe.quantization, base.stored)
+        if not recipe.quantization.experts and next(quantizable_experts(meta, ()), None) is None:
+            observer.warning("[quantization] experts = false has no effect: this base has no fused experts")
+    beside = targets.left_out(meta) if targets.takes_all_linear(recipe.adapter) else []
+    if beside:
+        observer.warning(
+            f"all-linear leaves out {len(beside)} linear layers beside the experts, e.g. {beside[0]}: PEFT takes their "
+            "names for the experts' fused weights"
+        )
+
+
+def _check_start(start: Path, folder: RunFolder, recipe: Recipe, base: Base) -> None:
+    if start.resolve().is_relative_to(folder.path.resolve()):
+        raise InputError(
+            f"[adapter] start_from: {start} lies in the folder of this run, which is cleared when the run starts; "
+            "choose another [output] dir"
+        )
+    vocabulary = base.tokenizer.get_vocab()
+    added = {token: vocabulary[token] for token in base.additions.tokens}
+    check_start(start, skeleton(base), recipe.adapter, added)
+
+
+def _require_same(fingerprints: dict[str, Any], world: World) -> None:
+    """Require that every process reads the same recipe, base and data."""
+    hosts = world.gather((socket.gethostname(), fingerprints))
+    first_host, first = hosts[0]
+    for rank, (host, others) in enumerate(hosts):
+        differing = [key for key in first if others.get(key) != first[key]]
+        if differing:
+            raise InputError(
+                f"expected the same of every process, found {differing[0]} of rank {rank} on {host} to differ from "
+                f"that of rank 0 on {first_host}; give every machine the same recipe and files"
+            )
+
+
 def _load(
-    recipe: Recipe, base: Base, device: torch.device, split: Initialization | None, start: Path | None
+    recipe: Recipe,
+    base: Base,
+    device: torch.device,
+    split: Initialization | None,
+    start: Path | None,
+    shares: Shares | None,
+    world: World,
 ) -> tuple[PeftModel, ModelSummary, str]:
     """The base with an adapter, fresh or from `start`, what to say of it, and the fingerprint of its packed weights."""
     begun = time.perf_counter()
     dtype = DTYPES[recipe.training.precision]
     with measure_peak(device) as peak:
-        model = load_model(base, recipe.quantization, compute_dtype=dtype, device=device, initialization=split)
+        model = load_model(
+            base, recipe.quantization, compute_dtype=dtype, device=device, initialization=split, shares=shares
+        )
     rows, packed = module_table(model), packed_fingerprint(model)  # before the adapter changes the modules' names
     peft_model = adapter.attach(
         model, recipe.adapter, base_name=base.source, seed=recipe.training.seed, initialization=split
     )
     if start is not None:
         load_start(peft_model, start)
+    if not world.main:  # all ranks began with the same adapter; from here on each draws for itself
+        torch.manual_seed(int(np.random.SeedSequence((recipe.training.seed, world.rank)).generate_state(1)[0]))
     summary = ModelSummary(
         base=base.name,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        processes=world.size,
         precision=recipe.training.precision,
         rows=rows,
         trainable=sum(parameter.numel() for parameter in adapter.trainable_parameters(peft_model).values()),
@@ -300,9 +405,13 @@ def _evaluated(folder: RunFolder, step: int) -> bool:
     return any(row["event"] == "evaluation" and row["step"] == step for row in folder.metrics.rows())
 
 
-def _publish_adapter(model: PeftModel, base: Base, folder: RunFolder) -> None:
+def _publish_adapter(model: PeftModel, base: Base, folder: RunFolder, world: World) -> None:
+    whole = adapter.whole_state(model)
+    if not world.main:
+        return
+
     def write(path: Path) -> None:
-        adapter.save_adapter(model, path)
+        adapter.save_adapter(model, path, whole)
         base.tokenizer.save_pretrained(path)  # with the tokens that were added: whoever loads the adapter needs them
 
     # replaced: an attempt may have died between writing the adapter and saying that it was finished

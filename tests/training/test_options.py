@@ -101,12 +101,12 @@ def test_a_resolved_recipe_resolves_to_itself():
     made = attrs.evolve(made, checkpoint=CheckpointConfig(per_epoch=2))
     once = resolve(made, device=CPU, sample_count=10, longest=10)
     assert resolve(once, device=CPU, sample_count=10, longest=10) == once
-    assert without_effect(once.training, CPU) == []
+    assert without_effect(once, CPU) == []
 
 
 def test_what_only_a_gpu_makes_use_of_is_reported_and_resolved_away_on_a_cpu():
     made = recipe(tf32=True, activation_checkpointing="offload")
-    assert [sentence.split()[1] for sentence in without_effect(made.training, CPU)] == [
+    assert [sentence.split()[1] for sentence in without_effect(made, CPU)] == [
         "tf32",
         "activation_checkpointing",
     ]

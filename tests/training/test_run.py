@@ -92,7 +92,7 @@ def adapter_bytes(run):
 
 def metrics(run):
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    timings = {"seconds"}
+    timings = {"seconds", "data_seconds", "peak_bytes_by_rank"}
     return [{key: value for key, value in json.loads(line).items() if key not in timings} for line in lines]
 
 
