@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 import attrs
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from quantune.errors import ModelError
@@ -117,8 +117,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
 
 def _lone_embedding(model: nn.Module) -> list[Any]:
     """The input embedding where it is frozen and shares its weight with nothing."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    assert isinstance(inner, PreTrainedModel)
+    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     embedding = inner.get_input_embeddings()
     weights = {id(parameter) for parameter in embedding.parameters()}
     trained = any(parameter.requires_grad for parameter in embedding.parameters())

@@ -92,7 +92,8 @@ def _whole_weights(model: nn.Module) -> Iterator[None]:
     """
     shared = [one for one in model.modules() if type(one) is nn.Linear and isinstance(one.weight, DTensor)]
     for layer in shared:
-        layer.W_q, layer.dequantize = True, functools.partial(gathered, layer.weight.data)  # type: ignore[assignment]
+        layer.W_q = layer.weight.data
+        layer.dequantize = functools.partial(gathered, layer.weight.data)  # type: ignore[assignment]  # no module
     try:
         yield
     finally:
