@@ -1,0 +1,119 @@
+"""A run is the same run in one process, in two and in three."""
+
+import json
+
+import attrs
+import pytest
+import torch
+from ranks import on_ranks
+from safetensors.torch import load
+from support import FORMATS, Silent, quantization
+
+from quantune.checkpoint.run_folder import RunFolder
+from quantune.distributed.world import World
+from quantune.recipe.schema import (
+    AdapterConfig,
+    DataConfig,
+    ModelConfig,
+    Recipe,
+    SourceConfig,
+    TrainingConfig,
+)
+from quantune.training.run import train
+
+CLOSE = 1e-5
+"""Relative: sums over ranks are rounded in another order, and fifty steps of AdamW carry that on."""
+
+
+@pytest.fixture
+def recipe(bases, rows):
+    """Ragged batches of three samples in micro-batches of one: two ranks have unequal shares."""
+    source = SourceConfig(path=str(rows), format="instruct")
+    return Recipe(
+        model=ModelConfig(base=str(bases / "untied")),
+        quantization=quantization(weight_dtype="nf4"),
+        adapter=AdapterConfig(r=4),
+        data=DataConfig(train=(source,)),
+        training=TrainingConfig(
+            max_steps=5, batch_size=3, micro_batch_size=1, learning_rate=1e-3, precision="fp32", device="cpu"
+        ),
+    )
+
+
+def _train(world, recipe, folder):
+    path = folder / f"of-{world.size}"
+    path.mkdir(exist_ok=True)
+    train(recipe, RunFolder(path), Silent(), world=world)
+
+
+def run(size, recipe, folder):
+    """The metrics of a run in so many processes, and its adapter's bytes."""
+    if size == 1:
+        _train(World(), recipe, folder)
+    else:
+        on_ranks(size, _train, recipe, folder)
+    path = folder / f"of-{size}"
+    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return metrics, (path / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def losses(metrics, event="step"):
+    return torch.tensor([row["loss"] for row in metrics if row["event"] == event], dtype=torch.float64)
+
+
+def evolved(recipe, **tables):
+    return attrs.evolve(recipe, **{name: attrs.evolve(getattr(recipe, name), **keys) for name, keys in tables.items()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*FORMATS, None])
+def test_losses_agree_at_every_world_size_over_fifty_steps(recipe, tmp_path, name):
+    made = evolved(recipe, training={"max_steps": 50})
+    made = attrs.evolve(made, quantization=None if name is None else quantization(**FORMATS[name]))
+    alone, _ = run(1, made, tmp_path)
+    for size in (2, 3):
+        shared, _ = run(size, made, tmp_path)
+        torch.testing.assert_close(losses(shared), losses(alone), rtol=CLOSE, atol=0)
+
+
+KINDS = {
+    "dora": {"adapter": {"use_dora": True}},
+    "dora on an unquantized base": {"adapter": {"use_dora": True}, "quantization": None},
+    "pissa": {"adapter": {"init": "pissa"}},
+    "loftq": {"adapter": {"init": "loftq"}},
+    "head trained in full": {"adapter": {"modules_to_save": ("lm_head",)}},
+    "embedding trained in full": {"adapter": {"modules_to_save": ("embed_tokens",)}},
+    "adapted embedding": {"adapter": {"targets": ("embed_tokens", "q_proj")}},
+    "tied embedding": {"base": "tied"},
+    "tied embedding trained in full": {"base": "tied", "adapter": {"modules_to_save": ("lm_head", "embed_tokens")}},
+    "biases": {"adapter": {"bias": "all"}},
+    "added tokens": {
+        "model": {"added_tokens": ("<new>", "<newer>")},
+        "adapter": {"modules_to_save": ("embed_tokens", "lm_head")},
+    },
+    "activation checkpointing": {"training": {"activation_checkpointing": True}},
+    "cpu offload": {"distributed": {"cpu_offload": True}},
+    "packing": {"data": {"packing": True, "max_length": 64}},
+    "skipped layers": {"quantization": ("o_proj", "layers.0")},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_training_ends_with_the_same_adapter(recipe, bases, tmp_path, kind):
+    changes = dict(KINDS[kind])
+    if "base" in changes:
+        recipe = evolved(recipe, model={"base": str(bases / changes.pop("base"))})
+    if "quantization" in changes:
+        skip = changes.pop("quantization")
+        recipe = attrs.evolve(recipe, quantization=skip and quantization(skip, weight_dtype="nf4"))
+    made = evolved(recipe, **changes)
+    alone, adapter = run(1, made, tmp_path)
+    expected = load(adapter)
+    for size in (2, 3):
+        metrics, shared = run(size, made, tmp_path)
+        torch.testing.assert_close(losses(metrics), losses(alone), rtol=CLOSE, atol=0)
+        found = load(shared)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            # AdamW's first steps move a weight by about the learning rate, whichever way a gradient near zero rounds
+            assert (found[name] - tensor).abs().mean() <= 1e-5, name
