@@ -10,10 +10,15 @@ from safetensors.torch import load
 from support import FORMATS, Silent, quantization
 
 from quantune.checkpoint.run_folder import RunFolder
+from quantune.distributed.sharding import blocks
 from quantune.distributed.world import World
+from quantune.model import adapter
+from quantune.model.base import open_base
+from quantune.model.load import load_model
 from quantune.recipe.schema import (
     AdapterConfig,
     DataConfig,
+    EvaluationConfig,
     ModelConfig,
     Recipe,
     SourceConfig,
@@ -21,6 +26,7 @@ from quantune.recipe.schema import (
 )
 from quantune.training.run import train
 
+CPU = torch.device("cpu")
 CLOSE = 1e-5
 """Relative: sums over ranks are rounded in another order, and fifty steps of AdamW carry that on."""
 
@@ -117,3 +123,58 @@ def test_every_kind_of_training_ends_with_the_same_adapter(recipe, bases, tmp_pa
         for name, tensor in expected.items():
             # AdamW's first steps move a weight by about the learning rate, whichever way a gradient near zero rounds
             assert (found[name] - tensor).abs().mean() <= 1e-5, name
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_gathered_is_the_quantized_bytes(recipe, tmp_path, name, size):
+    made = evolved(recipe, training={"max_steps": 2, "batch_size": size})  # one micro-batch a rank
+    made = attrs.evolve(made, quantization=quantization(**FORMATS[name]))
+    metrics, _ = run(size, made, tmp_path)
+    model = load_model(
+        open_base(made.model, made.quantization), made.quantization, compute_dtype=torch.float32, device=CPU
+    )
+    adapted = adapter.attach(model, made.adapter, base_name="", seed=0)
+
+    def shares(parameters):
+        """Bytes that the other ranks hold, each of them a share as long as the longest."""
+        longest = (-(-p.shape[0] // size) * (p.nbytes // p.shape[0]) for p in parameters)
+        return sum(longest) * (size - 1)
+
+    in_blocks = [p for block in blocks(adapted) for p in block.parameters()]
+    outside = [p for p in adapted.parameters() if all(p is not other for other in in_blocks)]
+    trained = [p for p in in_blocks if p.requires_grad]
+    # blocks are gathered forward and backward, the rest once; the gradients of what is trained are reduced once
+    expected = size * (2 * shares(in_blocks) + shares(outside) + shares(trained))
+    assert [row["communicated_bytes"] for row in metrics if row["event"] == "step"] == [expected] * 2
+
+
+def test_a_rank_reports_what_it_did(recipe, tmp_path):
+    metrics, _ = run(2, recipe, tmp_path)
+    for row in metrics:
+        assert len(row["tokens_by_rank"]) == len(row["peak_bytes_by_rank"]) == 2
+        assert sum(row["tokens_by_rank"]) == row["tokens"] and min(row["tokens_by_rank"]) > 0
+        assert row["loss_max"] >= row["loss"] > 0
+        assert 0 < row["data_seconds"] < row["seconds"]
+        assert min(row["peak_bytes_by_rank"]) > 1_000_000
+
+
+def test_micro_batches_on_one_rank_or_one_on_each_are_the_same_batch(recipe, tmp_path):
+    accumulated, first = run(1, evolved(recipe, training={"batch_size": 3, "micro_batch_size": 1}), tmp_path)
+    at_once, second = run(3, evolved(recipe, training={"batch_size": 3, "micro_batch_size": 1}), tmp_path)
+    torch.testing.assert_close(losses(accumulated), losses(at_once), rtol=1e-6, atol=0)
+
+
+def test_an_evaluation_is_shared_and_finds_the_same(recipe, rows, tmp_path):
+    source = SourceConfig(path=str(rows), format="instruct", limit=5)
+    table = EvaluationConfig(every_steps=3, at_start=True, batch_size=2, exact_match=True, max_new_tokens=4)
+    made = attrs.evolve(evolved(recipe, data={"eval": (source,)}), evaluation=table)
+    alone, _ = run(1, made, tmp_path)
+    expected = [row for row in alone if row["event"] == "evaluation"]
+    assert [row["step"] for row in expected] == [0, 3, 5]
+    for size in (2, 3):
+        metrics, _ = run(size, made, tmp_path)
+        found = [row for row in metrics if row["event"] == "evaluation"]
+        torch.testing.assert_close(losses(metrics, "evaluation"), losses(alone, "evaluation"), rtol=CLOSE, atol=0)
+        assert [row["examples"] for row in found] == [row["examples"] for row in expected]
+        assert [row["samples"] for row in found] == [5, 5, 5]
