@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
             for pipe in ready:
                 rank = pipes.index(pipe)
                 try:
-                    answer, error = pipe.recv()
+                    answer, error = pickle.loads(pipe.recv_bytes())
                 except EOFError:
                     processes[rank].join()
                     answer, error = None, f"it died, exit code {processes[rank].exitcode}"
@@ -66,6 +67,7 @@ def _serve(rank: int, size: int, port: int, pipe: Any, function: Callable[..., A
     os.environ.update({name: str(value) for name, value in world.items()}, MASTER_ADDR="127.0.0.1")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's own name may not resolve
     try:
-        pipe.send((function(World.from_environment(), *arguments), None))
+        answer = function(World.from_environment(), *arguments), None
     except BaseException:
-        pipe.send((None, traceback.format_exc()))
+        answer = None, traceback.format_exc()
+    pipe.send_bytes(pickle.dumps(answer))  # not `send`: tensors would stay in this process's memory

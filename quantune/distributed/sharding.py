@@ -68,14 +68,18 @@ class Traffic:
         return total
 
 
-def shard(root: Root, mesh: DeviceMesh, *, cpu_offload: bool = False) -> None:
-    """Shard the model in `root` over `mesh`, in place. Parameters that are sharded already stay the shares they are.
+def shard(root: Root, mesh: DeviceMesh, device: torch.device, *, cpu_offload: bool = False) -> None:
+    """Shard the model in `root`, which computes on `device`, over `mesh`, in place. Parameters that are sharded already
+    stay the shares they are.
 
     Raises:
         ModelError: the model has no blocks, or what is trained has several dtypes.
     """
     _require_one_dtype(root)
     shares = _take_shares(root)
+    for _, _, parameter in _parameters(root):
+        if not parameter.is_meta:
+            parameter.data = parameter.data.to(device)  # an adapter is where the share of its layer is
     pinned = torch.cuda.is_available()
     policy = CPUOffloadPolicy(pin_memory=pinned) if cpu_offload else OffloadPolicy()
     embeddings = _lone_embedding(root.model)

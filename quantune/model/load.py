@@ -116,7 +116,7 @@ def load_model(
         raise ModelError(f"[model] base = {json.dumps(base.name)} can't be loaded: {error}") from error
     model, info = loaded
     if shares is not None:
-        _move_whole(model, device)
+        _share_rest(model, shares)
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
         raise ModelError(f"{base.name} lacks weights of its own architecture: {missing}. Fetch the checkpoint again")
@@ -245,11 +245,22 @@ def linear_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
 
 
-def _move_whole(model: nn.Module, device: torch.device) -> None:
-    """Put what every rank holds whole, vectors and buffers, onto `device`."""
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not isinstance(tensor, DTensor):
-            tensor.data = tensor.data.to(device)
+def _share_rest(model: nn.Module, shares: Shares) -> None:
+    """Share what was loaded whole though it is large, as a checkpoint's own quantizer leaves dense weights, and put
+    vectors and buffers, which every rank holds, onto the device."""
+    shared: dict[int, nn.Parameter] = {}  # by what it replaces, for tied weights
+    for module_name, module in model.named_modules():
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, DTensor):
+                continue
+            if shares.covers(f"{module_name}.{leaf}", parameter):
+                if id(parameter) not in shared:
+                    shared[id(parameter)] = shares.rows(parameter.data)
+                module.register_parameter(leaf, shared[id(parameter)])
+            else:
+                parameter.data = parameter.data.to(shares.device)
+        for buffer in module.buffers(recurse=False):
+            buffer.data = buffer.data.to(shares.device)
 
 
 def _split_dense(model: nn.Module, initialization: Initialization) -> None:

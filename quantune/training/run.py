@@ -168,7 +168,7 @@ def _train(
         observer.phase("compiling: the first steps take longer, up to minutes")
         compile_blocks(inner)
     if mesh is not None:
-        shard(root, mesh, cpu_offload=recipe.distributed.cpu_offload)
+        shard(root, mesh, device, cpu_offload=recipe.distributed.cpu_offload)
     with suspended(recipe.training.compile):
         loss: Loss = root(build_loss, inner)
         layout = root(layout_for, inner) if recipe.data.packing else RowLayout()

@@ -5,15 +5,15 @@ import shutil
 
 import pytest
 import torch
-from model.conftest import HEADS, SIZES
+from model.conftest import backend, quantize_fp8, rewrite
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from support import base_of, dequantize_expert, quantization
-from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, Gemma3Config
+from transformers import AutoConfig, AutoModelForCausalLM, Gemma3Config
 from transformers import Mxfp4Config as TransformersMxfp4Config
 
 from quantune.backends import registry
-from quantune.backends.backend import adopt_weight, pack_weight
+from quantune.backends.backend import adopt_weight
 from quantune.checkpoint.run_folder import RunFolder
 from quantune.cli.recipes import open_recipe
 from quantune.errors import ModelError, QuantizationError
@@ -29,72 +29,6 @@ from quantune.training.run import train
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(24).view(2, 12)
-
-
-def backend(name):
-    return registry.load_backend(registry.describe(name))
-
-
-def rewrite(source, folder, change, quantization_config):
-    """A copy of a checkpoint with other tensors and a quantization in its config."""
-    shutil.copytree(source, folder)
-    tensors = {}
-    for name, tensor in load_file(source / "model.safetensors").items():
-        tensors.update(change(name, tensor))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = quantization_config
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def gpt_oss_mxfp4(mixtures, tmp_path_factory):
-    """gpt-oss as it is published: experts in MXFP4 blocks and scales, everything else in bf16."""
-    packer, options = backend("mxfp4"), registry.options_of("mxfp4")()
-
-    def change(name, tensor):
-        if tensor.dim() != 3:
-            return {name: tensor}
-        each = [packer.export(pack_weight(packer, expert.T, options)) for expert in tensor]  # rows are out features
-        return {f"{name}_{part}": torch.stack([one[part] for one in each]) for part in ("blocks", "scales")}
-
-    config = {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router", "embed_tokens", "lm_head"]}
-    return rewrite(mixtures["gpt_oss"], tmp_path_factory.mktemp("gpt_oss") / "mxfp4", change, config)
-
-
-def quantize_fp8(name, tensor, **options):
-    """The tensors of a weight as DeepSeek's checkpoints hold them."""
-    packer, options = backend("fp8"), registry.options_of("fp8")(**options)
-    if tensor.dim() != 2 or "proj" not in name:
-        return {name: tensor}
-    found = packer.export(pack_weight(packer, tensor.float(), options))
-    return {name: found["weight"].clone(), f"{name}_scale_inv": found["weight_scale_inv"].clone()}
-
-
-@pytest.fixture(scope="module")
-def deepseek_fp8(tmp_path_factory):
-    """DeepSeek-V3 with fp8 blocks; rows and columns of linear layers that are no multiple of 128."""
-    config = DeepseekV3Config(
-        **{**SIZES, **HEADS, "hidden_size": 320, "num_key_value_heads": 4},
-        moe_intermediate_size=128,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=2,
-        topk_group=1,
-        first_k_dense_replace=1,
-        q_lora_rank=160,
-        kv_lora_rank=96,
-        qk_rope_head_dim=32,
-        qk_nope_head_dim=32,
-        v_head_dim=32,
-    )
-    torch.manual_seed(0)
-    model = DeepseekV3ForCausalLM(config).to(torch.bfloat16)
-    source = tmp_path_factory.mktemp("deepseek") / "bf16"
-    model.save_pretrained(source)
-    stored = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
-    return rewrite(source, source.parent / "fp8", quantize_fp8, stored)
 
 
 def opened(folder):
