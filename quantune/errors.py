@@ -6,7 +6,8 @@ QuantuneError                 the base: a sentence for the person who meets it, 
 │   ├── DataError             a data file or row that can't be used
 │   ├── ModelError            a base model or adapter that can't be used, or targets that match nothing
 │   ├── BackendError          a backend that is unknown, missing something, or given wrong options
-│   └── RunFolderError        a run folder that is in use, finished, or not a run folder
+│   ├── RunFolderError        a run folder that is in use, finished, or not a run folder
+│   └── ResumeError           a run that is resumed with another recipe, data or base than it was begun with
 ├── QuantizationError         a weight that can't be packed, or that should be packed and is not
 ├── NonFiniteError            a loss or gradient that is NaN or infinite
 ├── CheckpointError           a checkpoint that is damaged, or does not belong to this run
@@ -118,6 +119,10 @@ class BackendError(InputError):
 
 class RunFolderError(InputError):
     """A run folder that is in use, finished, or not a run folder at all."""
+
+
+class ResumeError(InputError):
+    """A run that is resumed with another recipe, data or base than it was begun with."""
 
 
 class QuantizationError(QuantuneError):
