@@ -20,7 +20,7 @@ from quantune.checkpoint.run_folder import Mode, RunFolder
 from quantune.distributed.environment import adopt_slurm, attempt, launched
 from quantune.distributed.outcome import LaunchFolder
 from quantune.distributed.stopping import BEFORE_THE_FIRST_STEP
-from quantune.errors import EXIT_FAILURE, DistributedError, InterruptedRun, QuantuneError
+from quantune.errors import EXIT_FAILURE, DistributedError, InterruptedRun
 
 if TYPE_CHECKING:
     from quantune.distributed.watch import Board, Failure
