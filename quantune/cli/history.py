@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import attrs
 import typer
 from rich.markup import escape
 
-from quantune.checkpoint.audit import Verdict, audit
-from quantune.checkpoint.run_folder import RunFolder
 from quantune.cli.console import err, out, table
 from quantune.errors import EXIT_FAILURE, InputError
+
+if TYPE_CHECKING:
+    from quantune.checkpoint.audit import Verdict
 
 
 def history(
@@ -21,6 +22,9 @@ def history(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the attempts of a run, and check that each step happened once, in order, with its samples."""
+    from quantune.checkpoint.audit import audit
+    from quantune.checkpoint.run_folder import RunFolder
+
     rows = RunFolder(run).history.rows()
     if not rows:
         raise InputError(f"expected the folder of a run, found no history in {run}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from quantune.checkpoint.state import TrainingState, capture
 from quantune.data.prepare import prepare
 from quantune.distributed.sharding import Root, shard
 from quantune.distributed.shares import Shares
+from quantune.distributed.stopping import StopRequest
 from quantune.distributed.world import World, joined
 from quantune.errors import InputError, InterruptedRun
 from quantune.model import adapter, targets
@@ -41,7 +43,7 @@ from quantune.model.vocabulary import Additions
 from quantune.recipe.resolve import to_toml
 from quantune.recipe.schema import Recipe
 from quantune.training.evaluate import Stopped, evaluate
-from quantune.training.loop import Hooks, Job, Progress, StepResult, StopRequest, evaluation_due, fit
+from quantune.training.loop import Hooks, Job, Progress, StepResult, evaluation_due, fit
 from quantune.training.loss import Loss, build_loss
 from quantune.training.memory import measure_peak
 from quantune.training.observer import EvaluationResult, ModelSummary, Observer
@@ -53,6 +55,11 @@ from quantune.training.resuming import begin_attempt, identify, open_checkpoint,
 SHARED = ("model", "quantization", "adapter", "training")
 """Sections that are the same for every process; the data is compared by its tokens."""
 ALONE = World()
+LOADING_PATIENCE = 2.0
+"""How many timeouts a rank may take for what comes before training."""
+Beat = Callable[[str, float], None]
+"""Is told what a process does next, and how many timeouts it may take."""
+Watching = Callable[[float], contextlib.AbstractContextManager[Beat]]
 START = "the adapter that training starts from"
 """Its name among the fingerprints."""
 
@@ -77,10 +84,12 @@ def train(
     resume: bool = False,
     allow_changes: Collection[str] = (),
     allow_remote_code: bool = False,
+    watching: Watching | None = None,
 ) -> RunResult:
     """Train what `recipe` (with absolute paths) says, in `folder`, as one of the processes of `world`.
 
-    All of them call this with the same arguments; the folder is written by rank 0 alone.
+    All of them call this with the same arguments; the folder is written by rank 0 alone. With `watching`, which is
+    given the seconds that a rank may take, they watch each other.
 
     Args:
         resume: go on from the latest checkpoint, or begin again where none was committed.
@@ -94,16 +103,20 @@ def train(
     if isinstance(recipe.distributed.threads, int):
         torch.set_num_threads(recipe.distributed.threads)
     device = choose_device(recipe.training.device, world.local_rank)
-    timeout = timedelta(seconds=recipe.distributed.timeout)
+    seconds = recipe.distributed.timeout
+    # a rank that hangs is named by the watch; the exchanges themselves give up later, should the watch fail
+    patience = timedelta(seconds=LOADING_PATIENCE * seconds + 60)
     with (
-        StopRequest().listening() as stop,
-        joined(world, device, timeout, alone=recipe.distributed.cpu_offload) as mesh,
+        StopRequest(observer.warning).listening() as stop,
+        joined(world, device, patience, alone=recipe.distributed.cpu_offload) as mesh,
+        contextlib.nullcontext(_unwatched) if watching is None or world.size == 1 else watching(seconds) as beat,
     ):
         return _train(
             recipe,
             folder,
             observer,
             stop,
+            beat,
             world,
             mesh,
             device,
@@ -113,11 +126,16 @@ def train(
         )
 
 
+def _unwatched(doing: str, patience: float) -> None:
+    """Nobody waits for a process that is alone."""
+
+
 def _train(
     recipe: Recipe,
     folder: RunFolder,
     observer: Observer,
     stop: StopRequest,
+    beat: Beat,
     world: World,
     mesh: DeviceMesh | None,
     device: torch.device,
@@ -128,6 +146,11 @@ def _train(
 ) -> RunResult:
     begun = time.perf_counter()
     written = recipe
+
+    def phase(text: str) -> None:
+        observer.phase(text)
+        beat(text, LOADING_PATIENCE)
+
     if recipe.training.compile:
         require_compiler(device)
     require_optimizer(recipe.training, device, world.size)
@@ -139,7 +162,7 @@ def _train(
     if resume and checkpoint is None:
         observer.warning("the run stopped before its first checkpoint was committed; it begins again")
 
-    observer.phase("opening the base")
+    phase("opening the base")
     base = open_base(recipe.model, recipe.quantization, allow_remote_code=allow_remote_code)
     recipe = attrs.evolve(recipe, quantization=base.quantization)
     meta = skeleton(base)
@@ -149,7 +172,7 @@ def _train(
         _check_start(start, folder, recipe, base)
     embedding: Any = meta.get_input_embeddings()
 
-    observer.phase("reading the data")
+    phase("reading the data")
     data = prepare(
         recipe.data,
         base.tokenizer,
@@ -172,7 +195,7 @@ def _train(
     if checkpoint is not None:
         identity = require_same_run(checkpoint, identity, allow_changes, observer)
 
-    observer.phase("loading the base")
+    phase("loading the base")
     split = adapter.build_initialization(meta, recipe.adapter, seed=recipe.training.seed)
     shares = None
     if mesh is not None:
@@ -187,7 +210,7 @@ def _train(
     if recipe.training.activation_checkpointing:
         recompute_blocks(inner)
     if recipe.training.compile:
-        observer.phase("compiling: the first steps take longer, up to minutes")
+        phase("compiling: the first steps take longer, up to minutes")
         compile_blocks(inner)
     if mesh is not None:
         shard(root, mesh, device, cpu_offload=recipe.distributed.cpu_offload)
@@ -231,6 +254,7 @@ def _train(
     history = folder.history
 
     def record(done: StepResult) -> None:
+        beat(f"training, after step {done.metrics.step}", 1.0)
         if world.main:
             tokens = ((sample.input_ids, sample.is_target) for sample in done.samples)
             history.append("step", step=done.metrics.step, samples=list(done.indices), digest=digest(tokens))
@@ -239,6 +263,7 @@ def _train(
     def run_evaluation(step: int) -> bool:
         if held_out is None:
             return False
+        beat(f"evaluating after step {step}", 1.0)
         try:
             with suspended(recipe.training.compile):
                 result = evaluate(
@@ -252,7 +277,7 @@ def _train(
                     step=step,
                     pad_to=pad_to,
                     world=world,
-                    asked=lambda: stop.signal is not None,
+                    asked=lambda: stop.asked,
                 )
         except Stopped:
             return True
@@ -289,6 +314,7 @@ def _train(
         return state
 
     def save(progress: Progress) -> None:
+        beat(f"saving after step {progress.step}", 1.0)
         saver.save(progress.step, take)
 
     assert recipe.training.max_steps is not None and recipe.training.warmup_steps is not None
@@ -310,6 +336,8 @@ def _train(
         layout=layout,
     )
     hooks = Hooks(record=record, evaluate=run_evaluation, save=save, failed=saver.failed, settle=saver.finish)
+    stop.training = True
+    beat("training its first step", LOADING_PATIENCE)
     with saver, tf32(recipe.training.tf32):
         due = evaluation_due(recipe.evaluation, progress.step, job.total_steps)
         stopped = False

@@ -111,7 +111,7 @@ def adapter_bytes(folder):
 
 def told(folder):
     """The metrics of a run without what a clock measured."""
-    measured = {"seconds", "data_seconds", "peak_bytes_by_rank"}
+    measured = {"seconds", "tokens_per_second", "tokens_per_second_by_rank", "data_share", "peak_bytes_by_rank"}
     return [{k: v for k, v in row.items() if k not in measured} for row in RunFolder(folder).metrics.rows()]
 
 
