@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,7 +41,7 @@ def run(
         typer.Option(
             "--allow-change",
             metavar="SECTION.KEY",
-            help="Go on although this key of the recipe changed.",
+            help="With --resume: go on although this key of the recipe changed.",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again where a run already is.")] = False,
@@ -83,9 +84,8 @@ def run(
             out.print(f"the run in {path} is finished already")
             return
         mode = "resume" if RunFolder(path).unfinished() else "overwrite"
-    allowed = tuple(allow_changes or ())
     if launched():
-        _train(checked, mode, allowed, trust_remote_code, as_json)
+        _train(checked, mode, allow_changes or (), trust_remote_code, as_json)
         return
 
     quiet_libraries()
@@ -94,7 +94,7 @@ def run(
     machines = Nodes(count=nodes, rank=node_rank, rendezvous=rendezvous)
     count = local_processes(checked.distributed, checked.training.device)
     if count * machines.count == 1:
-        _train(checked, mode, allowed, trust_remote_code, as_json)
+        _train(checked, mode, allow_changes or (), trust_remote_code, as_json)
         return
     with RunFolder.open(path, mode):
         pass  # what is refused is refused before anything is started
@@ -104,7 +104,7 @@ def run(
     raise typer.Exit(code)
 
 
-def _train(checked: Recipe, mode: Mode, allow_changes: tuple[str, ...], trust_remote_code: bool, as_json: bool) -> None:
+def _train(checked: Recipe, mode: Mode, allow_changes: Sequence[str], trust_remote_code: bool, as_json: bool) -> None:
     """Train in this process, alone or as one of several."""
     from quantune.checkpoint.run_folder import RunFolder
 

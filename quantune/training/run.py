@@ -145,12 +145,12 @@ def _train(
     allow_remote_code: bool,
 ) -> RunResult:
     begun = time.perf_counter()
-    written = recipe
 
     def phase(text: str) -> None:
         observer.phase(text)
         beat(text, LOADING_PATIENCE)
 
+    written = recipe
     if recipe.training.compile:
         require_compiler(device)
     require_optimizer(recipe.training, device, world.size)
@@ -236,7 +236,7 @@ def _train(
     identity = attrs.evolve(identity, fingerprints=prints)
     progress = Progress()
     if checkpoint is not None:
-        observer.phase(f"resuming from {checkpoint.path.name}")
+        phase(f"resuming from {checkpoint.path.name}")
         seed = recipe.training.seed
         progress = put_back(checkpoint, identity, parameters, optimizer, seed=seed, world=world)
     if world.main:
