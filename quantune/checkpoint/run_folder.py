@@ -143,11 +143,7 @@ class RunFolder:
         if mode == "resume":
             if state == "finished":
                 raise RunFolderError(f"the run in {self.path} is finished; --overwrite starts it again")
-            if not self.checkpoints.steps():
-                raise RunFolderError(
-                    f"there is nothing to resume: {self.path} holds no checkpoint. Leave out --resume to start"
-                )
-            self._sweep()
+            self._sweep()  # one that stopped before its first checkpoint begins again
         elif mode == "overwrite":
             return
         elif state == "finished":

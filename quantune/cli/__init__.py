@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -62,15 +61,15 @@ def main() -> None:
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
-        sys.exit(worker.end(error, *_ending(error, debug)))
+        sys.exit(worker.end(error, functools.partial(_meaning, debug)))
 
 
-def _ending(error: BaseException, debug: bool) -> tuple[int, Callable[[str], object]]:
+def _meaning(debug: bool, error: BaseException) -> tuple[int, worker.Speak]:
     """The exit code that an error stands for, and what prints it behind a few words."""
     if isinstance(error, KeyboardInterrupt):
         return quantune.errors.EXIT_ABORTED, lambda before: err.print(f"{before}interrupted")
-    if isinstance(error, OSError) and not debug:  # a disk that is full, an output that is closed
-        error = quantune.errors.QuantuneError(f"{error.strerror or error}")
+    if isinstance(error, OSError):  # a disk that is full, an output that is closed
+        error = quantune.errors.QuantuneError(f"{error.strerror or error}").with_traceback(error.__traceback__)
     if isinstance(error, quantune.errors.QuantuneError):
         return error.exit_code, functools.partial(fail, error, debug)
     return quantune.errors.EXIT_BUG, functools.partial(report_bug, error)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import attrs
 import typer
 
-from quantune.cli.console import fail_with, given_arguments, out, quiet_libraries
+from quantune.cli.console import fail_with, given_arguments, out, quiet_libraries, warning
 from quantune.cli.progress import ConsoleObserver, print_result
 from quantune.cli.recipes import open_recipe
 from quantune.distributed import worker
 from quantune.distributed.environment import attempt, launched
+from quantune.distributed.stopping import Phase, StopRequest
 from quantune.errors import DistributedError, InputError
 
 if TYPE_CHECKING:
@@ -50,50 +51,51 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a LoRA adapter as a recipe says."""
-    if not worker.enter():
-        return
     if resume + resume_or_start + overwrite > 1:
         raise InputError("--resume, --resume-or-start and --overwrite are three different things; give one of them")
     if processes is not None:
-        overrides = [
-            *(overrides or ()),
-            f"distributed.processes={json.dumps(processes) if processes == 'auto' else processes}",
-        ]
-    checked = open_recipe(recipe, overrides or (), resume=resume)
-
-    from quantune.checkpoint.run_folder import RunFolder
-
-    path = Path(checked.output.dir)
-    mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
-    if resume_or_start:
-        finished = RunFolder(path).state() == "finished"
-        if finished:
-            out.print(f"the run in {path} is finished already")
+        overrides = [*(overrides or ()), f"distributed.processes={_toml(processes)}"]
+    with StopRequest(warning).listening() as stop:
+        if not worker.enter(adopt=nodes == 1):
             return
-        mode = "resume" if RunFolder(path).checkpoints.steps() else "overwrite"
-    if launched():
-        _train(checked, mode, trust_remote_code, as_json)
-        return
+        checked = open_recipe(recipe, overrides or (), resume=resume)
 
-    from quantune.distributed.launch import Nodes, launch, local_processes
+        from quantune.checkpoint.run_folder import RunFolder
 
-    machines = Nodes(count=nodes, rank=node_rank, rendezvous=rendezvous)
-    count = local_processes(checked.distributed, checked.training.device)
-    if count * machines.count == 1:
-        _train(checked, mode, trust_remote_code, as_json)
-        return
-    with RunFolder.open(path, mode):
-        pass  # what is refused is refused before anything is started
-    raise typer.Exit(launch(given_arguments(), count, machines, checked.distributed))
+        path = Path(checked.output.dir)
+        mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
+        if resume_or_start:
+            if RunFolder(path).state() == "finished":
+                out.print(f"the run in {path} is finished already")
+                return
+            mode = _going_on(path)
+        if launched():
+            _train(checked, mode, stop, nodes=nodes, allow_remote_code=trust_remote_code, as_json=as_json)
+            return
+
+        from quantune.distributed.launch import Nodes, launch, local_processes
+
+        machines = Nodes(count=nodes, rank=node_rank, rendezvous=rendezvous)
+        count = local_processes(checked.distributed, checked.training.device)
+        if count * machines.count == 1:
+            _train(checked, mode, stop, nodes=1, allow_remote_code=trust_remote_code, as_json=as_json)
+            return
+        if machines.rank == 0:
+            with RunFolder.open(path, mode):
+                pass  # what is refused is refused before anything is started
+        stop.enter(Phase.LOADING)
+        command = ("-m", "quantune", *given_arguments())
+        exit_code = launch(command, count, machines, checked.distributed, fail_with)
+    raise typer.Exit(exit_code)
 
 
-def _train(checked: Recipe, mode: Mode, trust_remote_code: bool, as_json: bool) -> None:
+def _train(
+    checked: Recipe, mode: Mode, stop: StopRequest, *, nodes: int, allow_remote_code: bool, as_json: bool
+) -> None:
     """Train in this process, alone or as one of several."""
-    from quantune.checkpoint.run_folder import RunFolder
-
     path = Path(checked.output.dir)
     if attempt():  # started again after a process died
-        mode = "resume" if RunFolder(path).checkpoints.steps() else "overwrite"
+        mode = _going_on(path)
     with worker.run_folder(path, mode) as folder, ConsoleObserver(checked) as observer:
         observer.phase("importing torch and transformers")
         quiet_libraries()
@@ -102,20 +104,21 @@ def _train(checked: Recipe, mode: Mode, trust_remote_code: bool, as_json: bool) 
 
         world = World.from_environment()
         if attempt():
-            observer.warning(f"a process died: started again, the {_ordinal(attempt())} time")
-        if launched() and checked.distributed.processes not in ("auto", world.local_size):
-            observer.warning(
-                f"[distributed] processes = {checked.distributed.processes} has no effect: the launcher started "
-                f"{world.local_size} here"
-            )
+            observer.warning(f"a process of the run died: this is attempt {attempt() + 1}")
+        for sentence in worker.without_effect(checked.distributed, nodes):
+            observer.warning(sentence)
+        if mode == "resume" and not folder.checkpoints.steps():
+            observer.warning(f"the run in {path} stopped before its first checkpoint: it begins again")
+            mode = "overwrite"
         result = train(
             checked,
             folder,
             observer,
             world=world,
             resume=mode == "resume",
-            allow_remote_code=trust_remote_code,
+            allow_remote_code=allow_remote_code,
             watching=lambda timeout: worker.watching(timeout, lambda text: fail_with(DistributedError(text))),
+            stop=stop,
         )
     if not world.main:
         return
@@ -125,5 +128,12 @@ def _train(checked: Recipe, mode: Mode, trust_remote_code: bool, as_json: bool) 
         print_result(result)
 
 
-def _ordinal(number: int) -> str:
-    return {1: "first", 2: "second", 3: "third"}.get(number, f"{number}th")
+def _going_on(path: Path) -> Mode:
+    """How to go on with a run that may have no checkpoint, or not have begun."""
+    from quantune.checkpoint.run_folder import RunFolder
+
+    return "resume" if RunFolder(path).checkpoints.steps() else "overwrite"
+
+
+def _toml(processes: str) -> str:
+    return processes if processes.isdigit() else json.dumps(processes)
