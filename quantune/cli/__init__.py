@@ -61,10 +61,10 @@ def main() -> None:
     except BaseException as error:
         if isinstance(error, SystemExit):
             raise
-        sys.exit(worker.end(error, functools.partial(_meaning, debug)))
+        sys.exit(worker.end(error, functools.partial(meaning, debug)))
 
 
-def _meaning(debug: bool, error: BaseException) -> tuple[int, worker.Speak]:
+def meaning(debug: bool, error: BaseException) -> tuple[int, worker.Speak]:
     """The exit code that an error stands for, and what prints it behind a few words."""
     if isinstance(error, KeyboardInterrupt):
         return quantune.errors.EXIT_ABORTED, lambda before: err.print(f"{before}interrupted")

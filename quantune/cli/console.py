@@ -45,7 +45,7 @@ def fail(error: QuantuneError, debug: bool, before: str = "") -> int:
         more = f"; [cyan]quantune explain {error.problems[0].code}[/] tells more" if count else ""
         err.print(f"[bold red]{count} problem{'s' if count != 1 else ''}[/] in the recipe{more}")
     elif isinstance(error, InterruptedRun):
-        err.print(f"[bold yellow]interrupted:[/] {before}{escape(str(error))}")
+        err.print(f"[bold yellow]interrupted:[/] {escape(str(error))}")  # whichever rank says so
     else:
         err.print(f"[bold red]error:[/] {before}{escape(str(error))}")
     return error.exit_code

@@ -97,7 +97,7 @@ def launch(
                 elastic_launch(LaunchConfig(**settings), sys.executable)(*arguments)
         except ChildFailedError as error:
             if folder.outcome() is None:
-                raise DistributedError(_deaths(error, config.max_restarts)) from error
+                raise DistributedError(_deaths(error, config.max_restarts, folder)) from error
         except (RendezvousError, torch.distributed.DistError, TimeoutError) as error:
             if folder.outcome() is None:
                 raise DistributedError(
@@ -186,23 +186,25 @@ def _passing_on_signals(folder: LaunchFolder, describe: Callable[[QuantuneError]
         thread.join()
 
 
-def _deaths(error: ChildFailedError, restarts: int) -> str:
+def _deaths(error: ChildFailedError, restarts: int, folder: LaunchFolder) -> str:
     """A sentence on the workers that died of themselves, rather than of the others."""
     failures = dict(error.failures)
     killed = {rank: one for rank, one in failures.items() if one.exitcode < 0 and one.exitcode != -signal.SIGTERM}
     rank, failure = next(iter((killed or failures).items()))
-    again = f", after {restarts} restarts" if restarts else ""
+    tries = f" in the last of {restarts + 1} attempts" if restarts else ""
     return (
-        f"rank {rank} (process {failure.pid}) {_how(failure)}{again}; --resume goes on from the last checkpoint. "
-        "What it wrote is in logs/ of the run folder"
+        f"rank {rank} (process {failure.pid}) {_how(failure, folder)}{tries}. --resume goes on from the last "
+        "checkpoint; what ranks above 0 wrote is in logs/ of the run folder"
     )
 
 
-def _how(failure: ProcessFailure) -> str:
+def _how(failure: ProcessFailure, folder: LaunchFolder) -> str:
+    if folder.hung(failure.pid):
+        return "was ended because it hung"
     if failure.exitcode == -signal.SIGKILL:
-        return "was killed by SIGKILL: the system may have run out of memory"
+        return "was killed by SIGKILL, perhaps because the system had run out of memory,"
     if failure.exitcode < 0:
         return f"was killed by {signal.Signals(-failure.exitcode).name}"
     if failure.exitcode == EXIT_DIED:
-        return "ended after another process"
+        return "ended after another process had"
     return f"ended with exit code {failure.exitcode}"

@@ -3,6 +3,7 @@
 outcome.json   how the run ended for good, by the first worker that knew: it is not to be started again
 launcher       its process id
 process-N      the process id of local rank N, for signals that the launcher passes on
+hung-ID        a worker was ended because it hung
 stop           the launcher was asked to stop, perhaps before a worker could be told
 
 Nothing here imports torch: a worker that is started again after the run has ended leaves at once.
@@ -87,6 +88,17 @@ class LaunchFolder:
                 os.kill(process, 0)
                 alive += 1
         return alive == workers
+
+    def end_hung(self, process: int) -> None:
+        """End a worker that hangs, if the launcher of this folder started it."""
+        if process in self.processes():
+            (self.path / f"hung-{process}").touch()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def hung(self, process: int) -> bool:
+        """Whether a worker was ended because it hung."""
+        return (self.path / f"hung-{process}").exists()
 
     def ask_to_stop(self, number: int) -> None:
         """Pass a signal on to all workers, and leave word for those that have not started."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -109,17 +110,20 @@ def watching(timeout: float, describe: Callable[[str], None]) -> Iterator[Callab
 
     `describe` prints an error.
     """
-    from quantune.distributed.watch import Failure, Watch
+    from quantune.distributed.watch import Failure, Hang, Watch
     from quantune.distributed.world import World
 
     world = World.from_environment()
 
-    def hung(sentence: str, board: Board) -> None:
+    def hung(hang: Hang, board: Board) -> None:
         mine = Failure(rank=world.rank, exit_code=EXIT_DIED, final=False)
         first = board.claim(mine)
         if first == mine:
             VOICE.to_terminal()
-            describe(sentence)
+            describe(hang.sentence)
+            folder = LaunchFolder.from_environment()
+            if folder is not None and hang.process is not None and hang.host == socket.gethostname():
+                folder.end_hung(hang.process)  # torch's launcher would ask it first, and wait half a minute
         ended(first, board)
 
     def ended(failure: Failure, board: Board) -> None:

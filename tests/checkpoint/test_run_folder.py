@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from quantune.checkpoint.run_folder import RunFolder
-from quantune.errors import RunFolderError
+from quantune.errors import FolderInUseError, RunFolderError
 
 
 def fill(folder, state, checkpoint=True):
@@ -21,7 +21,7 @@ def fill(folder, state, checkpoint=True):
 def refusal(folder, mode):
     with pytest.raises(RunFolderError) as caught, RunFolder.open(folder, mode):
         pass
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == (6 if isinstance(caught.value, FolderInUseError) else 2)
     return str(caught.value)
 
 
