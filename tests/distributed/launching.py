@@ -35,6 +35,10 @@ class Launched:
         """What it and its workers have written so far."""
         return self.output.read_text()
 
+    def errors(self) -> list[str]:
+        """The lines that tell the person of a failure."""
+        return [line for line in self.said().splitlines() if line.startswith(("error:", "bug:", "interrupted"))]
+
     def wait_for(self, text: str) -> None:
         """Wait until it has said something."""
         wait_until(lambda: text in self.said(), f"never said {text!r}, but: {self.said()}")
@@ -75,19 +79,22 @@ def launched(
     nodes: Nodes | None = None,
     restarts: int = 0,
     timeout: float = 60,
+    output: str = "output",
+    begin: Callable[[], None] = lambda: None,
     **toy: object,
 ) -> Launched:
-    """Launch a toy run in `folder`; see `toy.py` for what it is told."""
-    output = folder / "output"
+    """Launch a toy run in `folder`; see `toy.py` for what it is told. `begin` is called by the launcher first."""
+    written_to = folder / output
     process = os.fork()
     if process == 0:
         code = 99
         try:
             os.chdir(folder)
-            written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            written = os.open(written_to, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             for stream in (1, 2):
                 os.dup2(written, stream)
             sys.stderr = os.fdopen(2, "w", buffering=1)
+            begin()
             config = DistributedConfig(max_restarts=restarts, timeout=timeout)
             given = json.dumps({"timeout": timeout, **toy})
             try:
@@ -96,13 +103,13 @@ def launched(
                 code = worker.end(error, lambda error: meaning(False, error))
         finally:
             os._exit(code)
-    wait_until(output.exists, "the launcher did not begin")
-    return Launched(process, folder, output)
+    wait_until(written_to.exists, "the launcher did not begin")
+    return Launched(process, folder, written_to)
 
 
-def wait_until(holds: Callable[[], bool], otherwise: str) -> None:
+def wait_until(holds: Callable[[], bool], otherwise: str, patience: float = PATIENCE) -> None:
     """Wait for something to hold."""
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while not holds():
         assert time.monotonic() < deadline, otherwise
         time.sleep(0.02)

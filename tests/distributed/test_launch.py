@@ -2,20 +2,18 @@
 
 import os
 import signal
+import socket
 import sys
 
 import pytest
 from launching import launched, wait_until
 
+from quantune.distributed.launch import Nodes
+
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
 ]
-
-
-def errors(run):
-    """The lines that tell the person of a failure."""
-    return [line for line in run.said().splitlines() if line.startswith(("error:", "bug:", "interrupted"))]
 
 
 def test_rank_0_speaks_and_the_others_write_to_logs(tmp_path):
@@ -30,14 +28,14 @@ def test_rank_0_speaks_and_the_others_write_to_logs(tmp_path):
 def test_a_worker_that_is_killed_is_started_again_with_the_others(tmp_path):
     run = launched(tmp_path, restarts=1, steps=3, fault={"rank": 1, "step": 2, "do": "die", "attempts": 1})
     assert run.ended() == 0 and run.fired() == ["1-0"]
-    assert "attempt 1, step 3" in run.said() and errors(run) == []
+    assert "attempt 1, step 3" in run.said() and run.errors() == []
     assert [line for line in run.log(1).splitlines() if line.startswith("---")][1].startswith("--- attempt 1, ")
 
 
 def test_a_worker_that_dies_once_too_often_is_named_with_its_signal(tmp_path):
     run = launched(tmp_path, restarts=1, fault={"rank": 1, "step": 2, "do": "die"})
     assert run.ended() == 7 and run.fired() == ["1-0", "1-1"]
-    (error,) = errors(run)
+    (error,) = run.errors()
     assert error.startswith("error: rank 1 (process ") and "was killed by SIGKILL" in error
     assert "the last of 2 attempts. --resume goes on from the last checkpoint" in error
 
@@ -55,7 +53,7 @@ def test_the_first_error_is_shown_once_is_the_exit_code_and_starts_nothing_again
     run = launched(tmp_path, restarts=3, fault=fault)
     assert run.ended() == exit_code
     assert all(name.endswith("-0") for name in run.fired()) and run.fired()
-    (error,) = errors(run)
+    (error,) = run.errors()
     assert error.startswith(said)
     assert run.said().count("Traceback") == (exit_code == 70)
     assert run.workers() == []
@@ -65,7 +63,7 @@ def test_the_first_error_is_shown_once_is_the_exit_code_and_starts_nothing_again
 def test_a_rank_that_hangs_is_named_and_ended(tmp_path, fault, what):
     run = launched(tmp_path, timeout=5, fault={"rank": 1, "step": 2, "do": fault})
     assert run.ended() == 7 and run.fired() == ["1-0"]
-    named, ended = errors(run)
+    named, ended = run.errors()
     assert named.startswith("error: rank 1 (process ") and what in named and "the others wait for it" in named
     assert "rank 1" in ended and "was ended because it hung" in ended
     assert run.workers() == []
@@ -79,7 +77,7 @@ def test_a_launcher_that_is_asked_to_stop_lets_all_ranks_agree_on_a_step_and_sav
     assert run.ended() == 75
     stopped = {(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)}
     assert len(stopped) == 1
-    assert errors(run) == [f"interrupted: stopped after step {stopped.pop()} and saved"]
+    assert run.errors() == [f"interrupted: stopped after step {stopped.pop()} and saved"]
     assert ("Ctrl-C again aborts at once" in run.said()) == (number == signal.SIGINT)
 
 
@@ -95,7 +93,7 @@ def test_a_run_that_is_asked_to_stop_while_it_imports_stops_before_training(tmp_
     run.send(signal.SIGTERM)
     assert run.ended() == 75
     assert "step 1" not in run.said()
-    (error,) = errors(run)
+    (error,) = run.errors()
     assert "stopped before the first step; nothing had to be saved" in error
 
 
@@ -121,18 +119,14 @@ def test_workers_end_with_their_launcher(tmp_path):
 
 
 def test_a_launcher_that_waits_for_another_machine_can_be_interrupted(tmp_path):
-    from quantune.distributed.launch import Nodes
-
     run = launched(tmp_path, nodes=Nodes(count=2, rank=0, rendezvous="localhost:29917"))
     wait_until(lambda: _listens(29917), "the launcher did not open its port")
     run.send(signal.SIGINT)
     assert run.ended() == 75
-    assert errors(run) == ["interrupted: stopped while waiting for the other machines; the same command goes on"]
+    assert run.errors() == ["interrupted: stopped while waiting for the other machines; the same command goes on"]
 
 
 def _listens(port):
-    import socket
-
     with socket.socket() as probe:
         return probe.connect_ex(("localhost", port)) == 0
 
