@@ -3,10 +3,12 @@
 recipe.toml     the recipe as it was resolved
 manifest.json   versions, hardware, hashes of base and data
 metrics.jsonl   one row a step and an evaluation
+history.jsonl   what every attempt did, see `quantune.checkpoint.history`
 checkpoints/    what the run resumes from
 adapter/        the result
 logs/           what ranks other than 0 said, a file each
 status.json     running, interrupted or finished, and at which step
+.overwriting    what is here is an older run's, and is removed once the one that overwrites it has loaded
 .lock           which process uses the folder; its text also says that the folder is a run's
 """
 
@@ -26,6 +28,7 @@ from typing import Any, Literal
 import attrs
 
 from quantune.checkpoint.commit import TEMPORARY, write_file_atomically
+from quantune.checkpoint.history import History
 from quantune.checkpoint.metrics_log import MetricsLog
 from quantune.checkpoint.store import CheckpointStore
 from quantune.errors import FolderInUseError, RunFolderError
@@ -36,12 +39,14 @@ Mode = Literal["new", "resume", "overwrite"]
 State = Literal["running", "interrupted", "finished"]
 STATES = ("running", "interrupted", "finished")
 STATUS = "status.json"
-FILES = ("recipe.toml", "manifest.json", "metrics.jsonl", STATUS)
+HISTORY = "history.jsonl"
+FILES = ("recipe.toml", "manifest.json", "metrics.jsonl", HISTORY, STATUS)
 PACKED = "the packed weights"
 """What the manifest's fingerprints call that of the quantized base."""
 FOLDERS = ("checkpoints", "adapter", "adapter.replaced")
 LOGS = "logs"
 LOCK = ".lock"
+OVERWRITING = ".overwriting"
 HOLDER = re.compile(r"process \d+ on \S+")
 """What a lock file says. Other programs have a `.lock` too, and a `manifest.json`, and even an `adapter/`."""
 
@@ -70,6 +75,11 @@ class RunFolder:
     def metrics(self) -> MetricsLog:
         """One row a step and an evaluation."""
         return MetricsLog(self.path / "metrics.jsonl")
+
+    @property
+    def history(self) -> History:
+        """What every attempt did."""
+        return History(self.path / HISTORY)
 
     def write_recipe(self, text: str) -> None:
         """Write the resolved recipe."""
@@ -138,14 +148,24 @@ class RunFolder:
             fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough where a forked worker still has it open
             os.close(lock)
 
+    def going_on(self, mode: Mode) -> Mode | None:
+        """How a run that was begun with `mode` goes on where it died, whatever it left; None if it had finished."""
+        if mode == "overwrite" and (self.path / OVERWRITING).exists():
+            return mode
+        if self.state() == "finished":
+            return None
+        return "resume" if self.checkpoints.steps() else "overwrite"
+
     def _prepare(self, mode: Mode) -> None:
         state = self.state()
+        if mode == "overwrite":
+            (self.path / OVERWRITING).touch()
+            return
         if mode == "resume":
             if state == "finished":
                 raise RunFolderError(f"the run in {self.path} is finished; --overwrite starts it again")
+            _remove(self.path / OVERWRITING)
             self._sweep()  # one that stopped before its first checkpoint begins again
-        elif mode == "overwrite":
-            return
         elif state == "finished":
             raise RunFolderError(
                 f"{self.path} holds a finished run; --overwrite starts it again, "
@@ -164,7 +184,7 @@ class RunFolder:
         """
         for name in FOLDERS:
             _remove(self.path / name)
-        for name in FILES:
+        for name in (*FILES, OVERWRITING):
             _remove(self.path / name)
         self._sweep()
 

@@ -9,9 +9,8 @@ from typing import Annotated
 import typer
 
 import quantune
-import quantune.errors
 from quantune.cli import backends, check, explain, generate, init, migrate, run, schema
-from quantune.cli.console import err, fail, report_bug
+from quantune.cli.console import meaning
 from quantune.distributed import worker
 
 app = typer.Typer(
@@ -62,14 +61,3 @@ def main() -> None:
         if isinstance(error, SystemExit):
             raise
         sys.exit(worker.end(error, functools.partial(meaning, debug)))
-
-
-def meaning(debug: bool, error: BaseException) -> tuple[int, worker.Speak]:
-    """The exit code that an error stands for, and what prints it behind a few words."""
-    if isinstance(error, KeyboardInterrupt):
-        return quantune.errors.EXIT_ABORTED, lambda before: err.print(f"{before}interrupted")
-    if isinstance(error, OSError):  # a disk that is full, an output that is closed
-        error = quantune.errors.QuantuneError(f"{error.strerror or error}").with_traceback(error.__traceback__)
-    if isinstance(error, quantune.errors.QuantuneError):
-        return error.exit_code, functools.partial(fail, error, debug)
-    return quantune.errors.EXIT_BUG, functools.partial(report_bug, error)

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import attrs
 import typer
 
-from quantune.cli.console import fail_with, given_arguments, out, quiet_libraries, warning
+from quantune.cli.console import fail_with, given_arguments, meaning, out, quiet_libraries, warn, warning
 from quantune.cli.progress import ConsoleObserver, print_result
 from quantune.cli.recipes import open_recipe
 from quantune.distributed import worker
-from quantune.distributed.environment import attempt, launched
+from quantune.distributed.environment import attempt, launched, rank
 from quantune.distributed.stopping import Phase, StopRequest
 from quantune.errors import DistributedError, InputError
+from quantune.recipe.changes import require_allowable
 
 if TYPE_CHECKING:
     from quantune.checkpoint.run_folder import Mode
+    from quantune.errors import Problem
     from quantune.recipe.schema import Recipe
 
 
@@ -35,6 +39,14 @@ def run(
             help="Go on with a run, or start it where none is: for launchers that repeat the same command.",
         ),
     ] = False,
+    allow_changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-change",
+            metavar="SECTION.KEY",
+            help="With --resume: go on although this key of the recipe changed.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again where a run already is.")] = False,
     processes: Annotated[
         str | None,
@@ -53,51 +65,82 @@ def run(
     """Train a LoRA adapter as a recipe says."""
     if resume + resume_or_start + overwrite > 1:
         raise InputError("--resume, --resume-or-start and --overwrite are three different things; give one of them")
+    if allow_changes and not (resume or resume_or_start):
+        raise InputError("--allow-change goes with --resume: a run that starts has nothing to differ from")
+    require_allowable(allow_changes or ())
     if processes is not None:
         overrides = [*(overrides or ()), f"distributed.processes={_toml(processes)}"]
-    with StopRequest(warning).listening() as stop:
-        if not worker.enter(adopt=nodes == 1):
-            return
-        checked = open_recipe(recipe, overrides or (), resume=resume)
-
-        from quantune.checkpoint.run_folder import RunFolder
-
-        path = Path(checked.output.dir)
-        mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
-        if resume_or_start:
-            if RunFolder(path).state() == "finished":
-                out.print(f"the run in {path} is finished already")
+    train_here = functools.partial(
+        _train,
+        nodes=nodes,
+        allow_changes=allow_changes or (),
+        allow_remote_code=trust_remote_code,
+        as_json=as_json,
+    )
+    try:
+        with StopRequest(warning).listening() as stop:
+            if not worker.enter(adopt=nodes == 1):
                 return
-            mode = _going_on(path)
-        if launched():
-            _train(checked, mode, stop, nodes=nodes, allow_remote_code=trust_remote_code, as_json=as_json)
-            return
+            told = worker.told_by_another()
+            checked = open_recipe(recipe, overrides or (), resume=resume, warned=_unheard if told else warn)
+            mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
+            if resume_or_start or attempt():  # started again by a launcher, after a process died
+                going_on = _going_on(Path(checked.output.dir), mode)
+                if going_on is None:
+                    return
+                mode = going_on
+            if launched():
+                train_here(checked, mode, stop)
+                return
 
-        quiet_libraries()
-        from quantune.distributed.launch import Nodes, launch, local_processes
+            quiet_libraries()
+            from quantune.distributed.launch import Nodes, launch, local_processes
 
-        machines = Nodes(count=nodes, rank=node_rank, rendezvous=rendezvous)
-        count = local_processes(checked.distributed, checked.training.device)
-        if count * machines.count == 1:
-            _train(checked, mode, stop, nodes=1, allow_remote_code=trust_remote_code, as_json=as_json)
-            return
-        if machines.rank == 0:
-            with RunFolder.open(path, mode):
-                pass  # what is refused is refused before anything is started
-        stop.enter(Phase.LOADING)
-        command = ("-m", "quantune", *given_arguments())
-        exit_code = launch(command, count, machines, checked.distributed, fail_with)
+            machines = Nodes(count=nodes, rank=node_rank, rendezvous=rendezvous)
+            count = local_processes(checked.distributed, checked.training.device)
+            if count * machines.count == 1:
+                train_here(checked, mode, stop)
+                return
+            _require_folder(Path(checked.output.dir), mode, machines.rank)
+            stop.enter(Phase.LOADING)
+            command = ("-m", "quantune", *given_arguments())
+            exit_code = launch(command, count, machines, checked.distributed, fail_with)
+    except KeyboardInterrupt as error:  # typer would end without a word
+        exit_code = worker.end(error, functools.partial(meaning, False))
     raise typer.Exit(exit_code)
 
 
+def _require_folder(path: Path, mode: Mode, machine: int) -> None:
+    """Refuse what rank 0 will refuse, before anything is started."""
+    from quantune.checkpoint.run_folder import RunFolder
+
+    if machine == 0:
+        with RunFolder.open(path, mode):
+            return
+
+
+def _going_on(path: Path, mode: Mode) -> Mode | None:
+    """How to go on with a run that was begun with `mode`, or was not; None where it is finished."""
+    from quantune.checkpoint.run_folder import RunFolder
+
+    going_on = RunFolder(path).going_on(mode)
+    if going_on is None and rank() == 0:
+        out.print(f"the run in {path} is finished already")
+    return going_on
+
+
 def _train(
-    checked: Recipe, mode: Mode, stop: StopRequest, *, nodes: int, allow_remote_code: bool, as_json: bool
+    checked: Recipe,
+    mode: Mode,
+    stop: StopRequest,
+    *,
+    nodes: int,
+    allow_changes: Sequence[str],
+    allow_remote_code: bool,
+    as_json: bool,
 ) -> None:
     """Train in this process, alone or as one of several."""
-    path = Path(checked.output.dir)
-    if attempt():  # started again after a process died
-        mode = _going_on(path)
-    with worker.run_folder(path, mode) as folder, ConsoleObserver(checked) as observer:
+    with worker.run_folder(Path(checked.output.dir), mode) as folder, ConsoleObserver(checked) as observer:
         observer.phase("importing torch and transformers")
         quiet_libraries()
         from quantune.distributed.world import World
@@ -108,15 +151,13 @@ def _train(
             observer.warning(f"a process of the run died: this is attempt {attempt() + 1}")
         for sentence in worker.without_effect(checked.distributed, nodes):
             observer.warning(sentence)
-        if mode == "resume" and not folder.checkpoints.steps():
-            observer.warning(f"the run in {path} stopped before its first checkpoint: it begins again")
-            mode = "overwrite"
         result = train(
             checked,
             folder,
             observer,
             world=world,
             resume=mode == "resume",
+            allow_changes=allow_changes,
             allow_remote_code=allow_remote_code,
             watching=lambda timeout: worker.watching(timeout, lambda text: fail_with(DistributedError(text))),
             stop=stop,
@@ -129,11 +170,8 @@ def _train(
         print_result(result)
 
 
-def _going_on(path: Path) -> Mode:
-    """How to go on with a run that may have no checkpoint, or not have begun."""
-    from quantune.checkpoint.run_folder import RunFolder
-
-    return "resume" if RunFolder(path).checkpoints.steps() else "overwrite"
+def _unheard(problem: Problem) -> None:
+    """Another process tells of what this one found as well."""
 
 
 def _toml(processes: str) -> str:

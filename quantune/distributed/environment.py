@@ -21,6 +21,11 @@ def launched(environment: Mapping[str, str] = os.environ) -> bool:
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 
+def rank(environment: Mapping[str, str] = os.environ) -> int:
+    """This process among all, from 0; 0 for one that no launcher started."""
+    return int(environment["RANK"]) if launched(environment) else 0
+
+
 def attempt(environment: Mapping[str, str] = os.environ) -> int:
     """How often the processes of this world have been started again."""
     return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))

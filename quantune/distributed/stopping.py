@@ -25,6 +25,9 @@ class Phase(Enum):
     """The request is remembered until the step in progress is done and saved."""
 
 
+BEFORE_THE_FIRST_STEP = "stopped before training began; nothing had to be saved, the same command begins where this did"
+
+
 class StopRequest:
     """Remembers a request to stop for as long as it can't be followed."""
 
@@ -64,7 +67,7 @@ class StopRequest:
             if not folder.complete(int(os.environ["LOCAL_WORLD_SIZE"])):
                 sys.exit(EXIT_DIED)  # the launcher ends what is left of an attempt in which a process died
             folder.ask_to_stop(signal.SIGTERM)  # the others of this machine would wait for this one
-        raise InterruptedRun("stopped before the first step; nothing had to be saved, the same command goes on")
+        raise InterruptedRun(BEFORE_THE_FIRST_STEP)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[StopRequest]:

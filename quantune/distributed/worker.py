@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 import attrs
 
 from quantune.checkpoint.run_folder import Mode, RunFolder
-from quantune.distributed.environment import adopt_slurm, attempt, launched
+from quantune.distributed.environment import adopt_slurm, attempt, launched, rank
 from quantune.distributed.outcome import LaunchFolder
-from quantune.errors import EXIT_DIED, EXIT_RESUMABLE, DistributedError
+from quantune.distributed.stopping import BEFORE_THE_FIRST_STEP
+from quantune.errors import EXIT_DIED, DistributedError, InterruptedRun
 
 if TYPE_CHECKING:
     from quantune.distributed.watch import Board, Failure
@@ -78,6 +79,9 @@ def enter(*, adopt: bool = True) -> bool:
     """Begin as a worker, if a launcher started this process; False if the run has ended and there is nothing to do.
 
     With `adopt`, srun is such a launcher; else it has started one launcher on each machine.
+
+    Raises:
+        InterruptedRun: the launcher was asked to stop before this process could be told.
     """
     if adopt:
         adopt_slurm()
@@ -88,9 +92,13 @@ def enter(*, adopt: bool = True) -> bool:
         return False
     folder.enter(int(os.environ["LOCAL_RANK"]))
     if folder.asked_to_stop():
-        folder.settle(EXIT_RESUMABLE)
-        return False
+        raise InterruptedRun(BEFORE_THE_FIRST_STEP)
     return True
+
+
+def told_by_another() -> bool:
+    """Whether another process, rank 0 or the launcher, says what all of them find before they meet."""
+    return launched() and (rank() > 0 or LaunchFolder.from_environment() is not None)
 
 
 def without_effect(config: DistributedConfig, nodes: int) -> Iterator[str]:
@@ -145,7 +153,7 @@ def end(error: BaseException, meaning: Meaning) -> int:
         speak("")
         return _settled(exit_code, final=True)
     if isinstance(error, KeyboardInterrupt):  # perhaps in the middle of importing torch; all ranks get it
-        if os.environ["RANK"] == "0":
+        if rank() == 0:
             speak("")
         return _settled(exit_code, final=True)
     import torch.distributed as dist
@@ -186,13 +194,12 @@ def run_folder(path: Path, mode: Mode) -> Iterator[RunFolder]:
     Raises:
         RunFolderError: see `RunFolder.open`.
     """
-    rank = int(os.environ["RANK"]) if launched() else 0
-    if rank == 0:
+    if rank() == 0:
         with RunFolder.open(path, mode) as folder:
             yield folder
         return
     folder = RunFolder(path)
-    VOICE.to_log(folder.log(rank))
+    VOICE.to_log(folder.log(rank()))
     yield folder
 
 

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from quantune.checkpoint.run_folder import RunFolder
-from quantune.errors import FolderInUseError, RunFolderError
+from quantune.errors import EXIT_IN_USE, RunFolderError
 
 
 def fill(folder, state, checkpoint=True):
@@ -18,10 +18,10 @@ def fill(folder, state, checkpoint=True):
         run.write_status(state, 3)
 
 
-def refusal(folder, mode):
+def refusal(folder, mode, exit_code=2):
     with pytest.raises(RunFolderError) as caught, RunFolder.open(folder, mode):
         pass
-    assert caught.value.exit_code == (6 if isinstance(caught.value, FolderInUseError) else 2)
+    assert caught.value.exit_code == exit_code
     return str(caught.value)
 
 
@@ -40,9 +40,8 @@ def test_an_unfinished_run_is_resumed_or_overwritten_on_purpose(tmp_path):
 
 def test_a_run_that_died_before_its_first_checkpoint_is_simply_run_again(tmp_path):
     fill(tmp_path / "run", "running", checkpoint=False)
-    for mode in ("resume", "new"):
-        with RunFolder.open(tmp_path / "run", mode) as run:
-            assert run.checkpoints.steps() == []
+    with RunFolder.open(tmp_path / "run", "resume") as run:
+        assert run.checkpoints.steps() == []
     with RunFolder.open(tmp_path / "run", "new") as run:
         run.clear()
         assert run.state() is None
@@ -125,7 +124,7 @@ def test_a_folder_in_use_names_who_uses_it(tmp_path):
             signal.pause()
     os.read(ready, 1)
     try:
-        assert f"is in use by process {child} on " in refusal(tmp_path / "run", "overwrite")
+        assert f"is in use by process {child} on " in refusal(tmp_path / "run", "overwrite", EXIT_IN_USE)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -173,3 +172,39 @@ def test_another_program_s_lock_makes_no_run_folder(tmp_path):
     (tmp_path / "adapter").mkdir()
     assert "is not a run folder, and not empty" in refusal(tmp_path, "overwrite")
     assert (tmp_path / "adapter").is_dir()
+
+
+def test_a_run_that_died_goes_on_from_its_own_checkpoints(tmp_path):
+    path = tmp_path / "run"
+    assert RunFolder(path).going_on("new") == "overwrite"  # it had not begun
+    fill(path, "running")
+    assert RunFolder(path).going_on("new") == "resume"
+    fill_status(path, "finished")
+    assert RunFolder(path).going_on("new") is None
+
+
+def test_a_run_that_dies_before_it_overwrites_another_does_not_go_on_with_that_one(tmp_path):
+    path = tmp_path / "run"
+    fill(path, "finished")
+    with RunFolder.open(path, "overwrite"):
+        pass  # it dies while it loads
+    assert RunFolder(path).going_on("overwrite") == "overwrite"
+    with RunFolder.open(path, "overwrite") as run:
+        run.clear()
+        run.checkpoints.save(1, lambda path: (path / "x").write_text("x"))
+        run.write_status("running", 1)
+    assert RunFolder(path).going_on("overwrite") == "resume"
+
+
+def test_a_run_that_was_not_overwritten_after_all_can_be_resumed(tmp_path):
+    path = tmp_path / "run"
+    fill(path, "running")
+    for mode in ("overwrite", "resume"):
+        with RunFolder.open(path, mode):
+            pass
+    assert RunFolder(path).going_on("overwrite") == "resume"
+
+
+def fill_status(path, state):
+    with RunFolder.open(path, "resume") as run:
+        run.write_status(state, 3)

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import attrs
 
-from quantune.cli import meaning
-from quantune.cli.console import fail_with
+from quantune.cli.console import fail_with, meaning
 from quantune.distributed import worker
 from quantune.distributed.launch import Nodes, launch
 from quantune.recipe.schema import DistributedConfig

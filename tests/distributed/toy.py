@@ -12,8 +12,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-from quantune.cli import meaning
-from quantune.cli.console import fail_with, warning
+from quantune.cli.console import fail_with, meaning, warning
 from quantune.distributed import worker
 from quantune.distributed.environment import attempt
 from quantune.distributed.stopping import Phase, StopRequest
