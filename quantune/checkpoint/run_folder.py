@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import attrs
 
-from quantune.checkpoint.commit import TEMPORARY, write_file_atomically
+from quantune.checkpoint.commit import TEMPORARY, make_folder, write_file_atomically
 from quantune.checkpoint.metrics_log import MetricsLog
 from quantune.checkpoint.store import CheckpointStore
 from quantune.errors import RunFolderError
@@ -116,7 +116,7 @@ class RunFolder:
             if mode == "resume" and not _is_run_folder(path):
                 what = "is empty" if path.exists() else "does not exist"
                 raise RunFolderError(f"there is nothing to resume: {path} {what}. Leave out --resume to start")
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             _probe(path)
             lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
