@@ -1,16 +1,21 @@
 """Every error quantune raises on purpose.
 
-QuantuneError                 the base: a sentence for the person who meets it, and an exit code
-├── InputError                something given to quantune can't be used (exit code 2, found before weights are loaded)
+QuantuneError                 the base: a sentence for the person who meets it, and an exit code (1)
+├── InputError                something given to quantune can't be used (2), found before weights are loaded
 │   ├── RecipeError           one or more problems in a recipe, each with its position
 │   ├── DataError             a data file or row that can't be used
 │   ├── ModelError            a base model or adapter that can't be used, or targets that match nothing
-│   ├── BackendError          a backend that is unknown, missing something, or given wrong options
-│   └── RunFolderError        a run folder that is in use, finished, or not a run folder
+│   ├── BackendError          a backend that is unknown, or given wrong options
+│   │   └── MissingBackendError   a backend that can't run here: it lacks a package, a device, or is not installed (3)
+│   └── RunFolderError        a run folder that is finished, or not a run folder
+│       └── FolderInUseError  a run folder that another process uses (6)
 ├── QuantizationError         a weight that can't be packed, or that should be packed and is not
-├── NonFiniteError            a loss or gradient that is NaN or infinite
-├── CheckpointError           a checkpoint that is damaged, or does not belong to this run
-└── InterruptedRun            the run was asked to stop and saved what it had (exit code 75: resume me)
+├── NonFiniteError            a loss or gradient that is NaN or infinite (4)
+├── CheckpointError           a checkpoint that is damaged, or can't be written (5)
+├── DistributedError          a process of the run died or hung (1)
+└── InterruptedRun            the run was asked to stop and saved what it had (75: resume me)
+
+Beside these exit codes: 0 done, 70 a bug in quantune, 130 aborted by a second Ctrl-C.
 
 A message says what was expected, what was found and what to do. The command line prints it without a traceback unless
 `--debug` is given; everything else that escapes is a bug in quantune.
@@ -24,6 +29,12 @@ import attrs
 
 EXIT_FAILURE = 1
 EXIT_INPUT = 2
+EXIT_MISSING_BACKEND = 3
+EXIT_NON_FINITE = 4
+EXIT_CHECKPOINT = 5
+EXIT_IN_USE = 6
+EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
+EXIT_ABORTED = 130  # as a shell has it for SIGINT
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: run it again
 
 
@@ -116,8 +127,20 @@ class BackendError(InputError):
         """What to do about it, where that is known apart from the message."""
 
 
+class MissingBackendError(BackendError):
+    """A backend that can't run here."""
+
+    exit_code = EXIT_MISSING_BACKEND
+
+
 class RunFolderError(InputError):
-    """A run folder that is in use, finished, or not a run folder at all."""
+    """A run folder that is finished, or not a run folder at all."""
+
+
+class FolderInUseError(RunFolderError):
+    """A run folder that another process uses."""
+
+    exit_code = EXIT_IN_USE
 
 
 class QuantizationError(QuantuneError):
@@ -127,9 +150,17 @@ class QuantizationError(QuantuneError):
 class NonFiniteError(QuantuneError):
     """A loss or gradient that is NaN or infinite; nothing was updated with it."""
 
+    exit_code = EXIT_NON_FINITE
+
 
 class CheckpointError(QuantuneError):
-    """A checkpoint that is damaged, or that does not belong to this run."""
+    """A checkpoint that is damaged, or that can't be written."""
+
+    exit_code = EXIT_CHECKPOINT
+
+
+class DistributedError(QuantuneError):
+    """A process of the run died or hung, or the processes did not find each other."""
 
 
 class InterruptedRun(QuantuneError):

@@ -18,7 +18,7 @@ import attrs
 import quantune
 from quantune.backends.description import API_VERSION, ENTRY_POINT_GROUP, BackendDescription, Probe
 from quantune.backends.discovery import NAME, Claim, claims, in_words, plain
-from quantune.errors import BackendError
+from quantune.errors import BackendError, MissingBackendError
 
 if TYPE_CHECKING:
     from quantune.backends.backend import Backend
@@ -127,7 +127,9 @@ def describe_available(name: str) -> BackendDescription:
     probe = probe_of(description)
     if not probe.available:
         way_out = f"; {plain(probe.install)}" if probe.install else ""
-        raise BackendError(f'backend "{name}" can\'t run here: {plain(probe.reason or "its probe says so")}{way_out}')
+        raise MissingBackendError(
+            f'backend "{name}" can\'t run here: {plain(probe.reason or "its probe says so")}{way_out}'
+        )
     return description
 
 
@@ -187,7 +189,7 @@ def load_backend(description: BackendDescription) -> Backend:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # as in `probe_of`
-        raise BackendError(f'backend "{description.name}" can\'t be loaded: {in_words(error)}') from error
+        raise MissingBackendError(f'backend "{description.name}" can\'t be loaded: {in_words(error)}') from error
     if not isinstance(backend, Backend):
         found = f"the class {backend.__name__}" if isinstance(backend, type) else type(backend).__name__
         raise BackendError(f'expected load() of backend "{description.name}" to return a Backend, found {found}')

@@ -5,6 +5,7 @@ manifest.json   versions, hardware, hashes of base and data
 metrics.jsonl   one row a step and an evaluation
 checkpoints/    what the run resumes from
 adapter/        the result
+logs/           what ranks other than 0 said, a file each
 status.json     running, interrupted or finished, and at which step
 .lock           which process uses the folder; its text also says that the folder is a run's
 """
@@ -27,7 +28,7 @@ import attrs
 from quantune.checkpoint.commit import TEMPORARY, make_folder, write_file_atomically
 from quantune.checkpoint.metrics_log import MetricsLog
 from quantune.checkpoint.store import CheckpointStore
-from quantune.errors import RunFolderError
+from quantune.errors import FolderInUseError, RunFolderError
 
 __all__ = ["MetricsLog", "Mode", "RunFolder", "State"]
 
@@ -39,6 +40,7 @@ FILES = ("recipe.toml", "manifest.json", "metrics.jsonl", STATUS)
 PACKED = "the packed weights"
 """What the manifest's fingerprints call that of the quantized base."""
 FOLDERS = ("checkpoints", "adapter", "adapter.replaced")
+LOGS = "logs"
 LOCK = ".lock"
 HOLDER = re.compile(r"process \d+ on \S+")
 """What a lock file says. Other programs have a `.lock` too, and a `manifest.json`, and even an `adapter/`."""
@@ -59,6 +61,10 @@ class RunFolder:
     def adapter(self) -> Path:
         """Where the result goes."""
         return self.path / "adapter"
+
+    def log(self, rank: int) -> Path:
+        """Where a rank other than 0 says what it has to say."""
+        return self.path / LOGS / f"rank-{rank}.log"
 
     @property
     def metrics(self) -> MetricsLog:
@@ -177,8 +183,8 @@ def _refuse_foreign(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"expected a folder for the run, found a file: {path}")
     if path.is_dir() and not _is_run_folder(path):
-        entries = sorted(entry.name for entry in path.iterdir())
-        if entries and entries != [LOCK]:
+        entries = sorted(entry.name for entry in path.iterdir() if entry.name not in (LOCK, LOGS))
+        if entries:
             raise RunFolderError(
                 f"{path} is not a run folder, and not empty ({', '.join(entries[:3])}); choose another output.dir"
             )
@@ -218,7 +224,7 @@ def _acquire(lock: int, path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.read(lock, 1024).decode("utf-8", errors="replace").strip() or "another process"
-        raise RunFolderError(f"{path} is in use by {holder}; wait for it, or choose another output.dir") from None
+        raise FolderInUseError(f"{path} is in use by {holder}; wait for it, or choose another output.dir") from None
     except OSError as error:
         raise RunFolderError(
             f"{path} can't be locked: {error.strerror}. Choose an output.dir on a file system that has locks"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -10,7 +12,8 @@ import typer
 import quantune
 import quantune.errors
 from quantune.cli import backends, check, explain, generate, init, migrate, run, schema
-from quantune.cli.console import err, fail
+from quantune.cli.console import err, fail, report_bug
+from quantune.distributed import worker
 
 app = typer.Typer(
     name="quantune",
@@ -56,12 +59,18 @@ def main() -> None:
         sys.argv = [argument for argument in sys.argv if argument != "--debug"]
     try:
         app()
-    except quantune.errors.QuantuneError as error:
-        sys.exit(fail(error, debug=debug))
-    except OSError as error:  # a disk that is full, an output that is closed
-        if debug:
+    except BaseException as error:
+        if isinstance(error, SystemExit):
             raise
-        sys.exit(fail(quantune.errors.QuantuneError(f"{error.strerror or error}"), debug=False))
-    except KeyboardInterrupt:
-        err.print("interrupted")
-        sys.exit(130)
+        sys.exit(worker.end(error, *_ending(error, debug)))
+
+
+def _ending(error: BaseException, debug: bool) -> tuple[int, Callable[[str], object]]:
+    """The exit code that an error stands for, and what prints it behind a few words."""
+    if isinstance(error, KeyboardInterrupt):
+        return quantune.errors.EXIT_ABORTED, lambda before: err.print(f"{before}interrupted")
+    if isinstance(error, OSError) and not debug:  # a disk that is full, an output that is closed
+        error = quantune.errors.QuantuneError(f"{error.strerror or error}")
+    if isinstance(error, quantune.errors.QuantuneError):
+        return error.exit_code, functools.partial(fail, error, debug)
+    return quantune.errors.EXIT_BUG, functools.partial(report_bug, error)

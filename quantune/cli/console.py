@@ -17,14 +17,25 @@ from quantune.errors import InterruptedRun, Problem, QuantuneError, RecipeError
 if TYPE_CHECKING:
     from rich.table import Table
 
+_GIVEN = sys.argv[1:]
 out = Console(emoji=False, highlight=False, soft_wrap=True)
 """Results."""
 err = Console(stderr=True, emoji=False, highlight=False, soft_wrap=True)
 """Progress and errors."""
 
 
-def fail(error: QuantuneError, *, debug: bool) -> int:
-    """Print an error and return the exit code it stands for."""
+def given_arguments() -> list[str]:
+    """The command line as it was given, `--debug` included."""
+    return _GIVEN
+
+
+def fail_with(error: QuantuneError) -> None:
+    """Print an error."""
+    fail(error, debug=False)
+
+
+def fail(error: QuantuneError, debug: bool, before: str = "") -> int:
+    """Print an error, with `before` before it, and return the exit code it stands for."""
     if debug:
         err.print(escape("".join(traceback.format_exception(error))))
     if isinstance(error, RecipeError):
@@ -34,10 +45,20 @@ def fail(error: QuantuneError, *, debug: bool) -> int:
         more = f"; [cyan]quantune explain {error.problems[0].code}[/] tells more" if count else ""
         err.print(f"[bold red]{count} problem{'s' if count != 1 else ''}[/] in the recipe{more}")
     elif isinstance(error, InterruptedRun):
-        err.print(f"[bold yellow]interrupted:[/] {escape(str(error))}")
+        err.print(f"[bold yellow]interrupted:[/] {before}{escape(str(error))}")
     else:
-        err.print(f"[bold red]error:[/] {escape(str(error))}")
+        err.print(f"[bold red]error:[/] {before}{escape(str(error))}")
     return error.exit_code
+
+
+def report_bug(error: BaseException, before: str = "") -> None:
+    """Print an error that nobody foresaw, and how to report it."""
+    err.print(escape("".join(traceback.format_exception(error))))
+    err.print(
+        f"[bold red]bug:[/] {before}quantune ended on an error that it should have foreseen: "
+        f"{escape(type(error).__name__)}: {escape(str(error))}\n"
+        "Please report it: what is above, the recipe, and the output of pip freeze"
+    )
 
 
 def warn(problem: Problem) -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import attrs
 import typer
 
-from quantune.cli.console import out, quiet_libraries
+from quantune.cli.console import fail_with, given_arguments, out, quiet_libraries
 from quantune.cli.progress import ConsoleObserver, print_result
 from quantune.cli.recipes import open_recipe
-from quantune.errors import InputError
+from quantune.distributed import worker
+from quantune.distributed.environment import attempt, launched
+from quantune.errors import DistributedError, InputError
+
+if TYPE_CHECKING:
+    from quantune.checkpoint.run_folder import Mode
+    from quantune.recipe.schema import Recipe
 
 
 def run(
@@ -21,27 +27,103 @@ def run(
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    resume_or_start: Annotated[
+        bool,
+        typer.Option(
+            "--resume-or-start",
+            help="Go on with a run, or start it where none is: for launchers that repeat the same command.",
+        ),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again where a run already is.")] = False,
+    processes: Annotated[
+        str | None,
+        typer.Option(metavar="N|auto", help="Processes on this machine, as [distributed] processes."),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines, each of which runs this command.")] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="Which of them this one is, from 0.")] = 0,
+    rendezvous: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where machine 0 can be reached by the others.")
+    ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Allow a recipe to run code that comes with its base.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a LoRA adapter as a recipe says."""
-    if resume and overwrite:
-        raise InputError("--resume goes on with a run and --overwrite starts it again; give one of them")
+    if not worker.enter():
+        return
+    if resume + resume_or_start + overwrite > 1:
+        raise InputError("--resume, --resume-or-start and --overwrite are three different things; give one of them")
+    if processes is not None:
+        overrides = [
+            *(overrides or ()),
+            f"distributed.processes={json.dumps(processes) if processes == 'auto' else processes}",
+        ]
     checked = open_recipe(recipe, overrides or (), resume=resume)
 
-    from quantune.checkpoint.run_folder import Mode, RunFolder
+    from quantune.checkpoint.run_folder import RunFolder
 
+    path = Path(checked.output.dir)
     mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
-    with RunFolder.open(Path(checked.output.dir), mode) as folder, ConsoleObserver(checked) as observer:
+    if resume_or_start:
+        finished = RunFolder(path).state() == "finished"
+        if finished:
+            out.print(f"the run in {path} is finished already")
+            return
+        mode = "resume" if RunFolder(path).checkpoints.steps() else "overwrite"
+    if launched():
+        _train(checked, mode, trust_remote_code, as_json)
+        return
+
+    from quantune.distributed.launch import Nodes, launch, local_processes
+
+    machines = Nodes(count=nodes, rank=node_rank, rendezvous=rendezvous)
+    count = local_processes(checked.distributed, checked.training.device)
+    if count * machines.count == 1:
+        _train(checked, mode, trust_remote_code, as_json)
+        return
+    with RunFolder.open(path, mode):
+        pass  # what is refused is refused before anything is started
+    raise typer.Exit(launch(given_arguments(), count, machines, checked.distributed))
+
+
+def _train(checked: Recipe, mode: Mode, trust_remote_code: bool, as_json: bool) -> None:
+    """Train in this process, alone or as one of several."""
+    from quantune.checkpoint.run_folder import RunFolder
+
+    path = Path(checked.output.dir)
+    if attempt():  # started again after a process died
+        mode = "resume" if RunFolder(path).checkpoints.steps() else "overwrite"
+    with worker.run_folder(path, mode) as folder, ConsoleObserver(checked) as observer:
         observer.phase("importing torch and transformers")
         quiet_libraries()
+        from quantune.distributed.world import World
         from quantune.training.run import train
 
-        result = train(checked, folder, observer, resume=resume, allow_remote_code=trust_remote_code)
+        world = World.from_environment()
+        if attempt():
+            observer.warning(f"a process died: started again, the {_ordinal(attempt())} time")
+        if launched() and checked.distributed.processes not in ("auto", world.local_size):
+            observer.warning(
+                f"[distributed] processes = {checked.distributed.processes} has no effect: the launcher started "
+                f"{world.local_size} here"
+            )
+        result = train(
+            checked,
+            folder,
+            observer,
+            world=world,
+            resume=mode == "resume",
+            allow_remote_code=trust_remote_code,
+            watching=lambda timeout: worker.watching(timeout, lambda text: fail_with(DistributedError(text))),
+        )
+    if not world.main:
+        return
     if as_json:
         out.print_json(json.dumps(attrs.asdict(result), default=str))
     else:
         print_result(result)
+
+
+def _ordinal(number: int) -> str:
+    return {1: "first", 2: "second", 3: "third"}.get(number, f"{number}th")

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from quantune.distributed.world import COLLECTIVES
 from quantune.errors import ModelError
 
 Result = TypeVar("Result")
@@ -183,6 +184,7 @@ class _CountedAllGather:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> dist.Work | None:
+        COLLECTIVES.entered += 1
         self.traffic.gathered += output_tensor.nbytes - input_tensor.nbytes
         return _all_gather(output_tensor, input_tensor, group=group, async_op=async_op)
 
@@ -199,5 +201,6 @@ class _CountedReduceScatter:
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, op: Any, async_op: bool = False
     ) -> dist.Work | None:
+        COLLECTIVES.entered += 1
         self.traffic.reduced += input_tensor.nbytes - output_tensor.nbytes
         return _reduce_scatter(output_tensor, input_tensor, op=op, group=group, async_op=async_op)

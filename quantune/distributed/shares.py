@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from quantune.distributed.world import World
+from quantune.distributed.world import COLLECTIVES, World
 from quantune.errors import QuantizationError
 
 
@@ -138,6 +138,7 @@ class Shares:
                 size = self._longest(len(one.data))
                 padded = nn.functional.pad(one.data, (0, size * self.world.size - len(one.data)))
                 pieces = list(padded.to(self.kept_on).split(size))
+            COLLECTIVES.entered += 1
             dist.scatter(one.buffer, pieces, src=one.owner)
 
     def _raise(self, failed: _Waiting | None) -> None:

@@ -16,6 +16,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from quantune.distributed.environment import attempt, launched
+
+
+@attrs.define
+class Collectives:
+    """How many exchanges with other ranks this process has entered: who has entered fewer is waited for."""
+
+    entered: int = 0
+
+
+COLLECTIVES = Collectives()
+
 
 @attrs.frozen(kw_only=True)
 class World:
@@ -33,7 +45,7 @@ class World:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
         """The world that a launcher (torchrun, quantune itself) describes in `environment`; alone where none does."""
-        if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        if not launched(environment):
             return cls()
         size = int(environment["WORLD_SIZE"])
         return cls(
@@ -52,6 +64,7 @@ class World:
         """What every process gave, by rank, on all of them."""
         if self.size == 1:
             return [value]
+        COLLECTIVES.entered += 1
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
@@ -60,6 +73,7 @@ class World:
         """As `gather`, for equally many numbers from each; cheap enough for every step."""
         if self.size == 1:
             return [list(numbers)]
+        COLLECTIVES.entered += 1
         mine = torch.tensor(numbers, dtype=torch.float64)
         all_of_them = torch.empty(self.size, len(numbers), dtype=torch.float64)
         dist.all_gather(list(all_of_them.unbind()), mine)
@@ -69,6 +83,7 @@ class World:
         """What the process `source` gave, on all of them."""
         if self.size == 1:
             return value
+        COLLECTIVES.entered += 1
         values = [value]
         dist.broadcast_object_list(values, src=source)
         return values[0]
@@ -107,4 +122,4 @@ def _store(world: World, timeout: timedelta) -> dist.Store:
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
     # the store outlives an attempt, and the keys of processes that died in it
-    return dist.PrefixStore(f"/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(f"/attempt/{attempt()}", store)

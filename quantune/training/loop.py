@@ -8,12 +8,9 @@ depend on how many ranks there are; they are dealt out to them.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import FrameType
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import attrs
@@ -27,6 +24,7 @@ from quantune.data.order import step_indices
 from quantune.data.tokenization import Sample
 from quantune.distributed.sharding import Root
 from quantune.distributed.shares import gathered
+from quantune.distributed.stopping import StopRequest
 from quantune.distributed.world import World
 from quantune.errors import NonFiniteError
 from quantune.recipe.schema import EvaluationConfig, Recipe
@@ -90,28 +88,6 @@ class Hooks:
     """Called by every rank when one of them said so; raises the reason."""
 
 
-class StopRequest:
-    """Remembers a request to stop (SIGTERM, Ctrl-C) until the step in progress is done."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # asked a second time: stop at once
-        self.signal = number
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[StopRequest]:
-        """Take over SIGTERM and SIGINT while the context is open."""
-        previous = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield self
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-
 def fit(job: Job, progress: Progress, hooks: Hooks, observer: Observer, stop: StopRequest) -> bool:
     """Train from `progress` to the last step; True when it got there, False when it was asked to stop and saved.
 
@@ -122,7 +98,7 @@ def fit(job: Job, progress: Progress, hooks: Hooks, observer: Observer, stop: St
     job.root.train()
     observer.start(progress.step, job.total_steps)
     while progress.step < job.total_steps:
-        done = train_step(job, progress.step, asked=stop.signal is not None, failed=hooks.failed())
+        done = train_step(job, progress.step, asked=stop.asked, failed=hooks.failed())
         if done.save_failed:
             hooks.settle()
         progress.step += 1

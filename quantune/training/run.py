@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from quantune.data.dataset import Dataset
 from quantune.data.prepare import prepare
 from quantune.distributed.sharding import Root, shard
 from quantune.distributed.shares import Shares
+from quantune.distributed.stopping import StopRequest
 from quantune.distributed.world import World, joined
 from quantune.errors import CheckpointError, InputError, InterruptedRun
 from quantune.model import adapter, targets
@@ -39,7 +42,7 @@ from quantune.model.vocabulary import Additions
 from quantune.recipe.resolve import to_dict, to_toml
 from quantune.recipe.schema import Recipe
 from quantune.training.evaluate import Stopped, evaluate
-from quantune.training.loop import Hooks, Job, Progress, StopRequest, evaluation_due, fit
+from quantune.training.loop import Hooks, Job, Progress, evaluation_due, fit
 from quantune.training.loss import Loss, build_loss
 from quantune.training.memory import measure_peak
 from quantune.training.observer import EvaluationResult, ModelSummary, Observer, StepMetrics
@@ -52,6 +55,11 @@ UNCHANGEABLE = ("model", "quantization", "adapter", "training")
 ORDER_AND_SHAPES = ("shuffle", "packing", "pad_to_max_length")
 """Keys of `[data]` that change the run and not the tokens."""
 ALONE = World()
+LOADING_PATIENCE = 2.0
+"""How many timeouts a rank may take for what comes before training."""
+Beat = Callable[[str, float], None]
+"""Is told what a process does next, and how many timeouts it may take."""
+Watching = Callable[[float], contextlib.AbstractContextManager[Beat]]
 START = "the adapter that training starts from"
 """Its name among the fingerprints."""
 
@@ -75,10 +83,12 @@ def train(
     world: World = ALONE,
     resume: bool = False,
     allow_remote_code: bool = False,
+    watching: Watching | None = None,
 ) -> RunResult:
     """Train what `recipe` (with absolute paths) says, in `folder`, as one of the processes of `world`.
 
-    All of them call this with the same arguments; the folder is written by rank 0 alone.
+    All of them call this with the same arguments; the folder is written by rank 0 alone. With `watching`, which is
+    given the seconds that a rank may take, they watch each other.
 
     Raises:
         InputError: the recipe, base, data or targets can't be used; found before any weight is loaded.
@@ -87,14 +97,30 @@ def train(
     if isinstance(recipe.distributed.threads, int):
         torch.set_num_threads(recipe.distributed.threads)
     device = choose_device(recipe.training.device, world.local_rank)
-    timeout = timedelta(seconds=recipe.distributed.timeout)
+    seconds = recipe.distributed.timeout
+    # a rank that hangs is named by the watch; the exchanges themselves give up later, should the watch fail
+    patience = timedelta(seconds=LOADING_PATIENCE * seconds + 60)
     with (
-        StopRequest().listening() as stop,
-        joined(world, device, timeout, alone=recipe.distributed.cpu_offload) as mesh,
+        StopRequest(observer.warning).listening() as stop,
+        joined(world, device, patience, alone=recipe.distributed.cpu_offload) as mesh,
+        contextlib.nullcontext(_unwatched) if watching is None or world.size == 1 else watching(seconds) as beat,
     ):
         return _train(
-            recipe, folder, observer, stop, world, mesh, device, resume=resume, allow_remote_code=allow_remote_code
+            recipe,
+            folder,
+            observer,
+            stop,
+            beat,
+            world,
+            mesh,
+            device,
+            resume=resume,
+            allow_remote_code=allow_remote_code,
         )
+
+
+def _unwatched(doing: str, patience: float) -> None:
+    """Nobody waits for a process that is alone."""
 
 
 def _train(
@@ -102,6 +128,7 @@ def _train(
     folder: RunFolder,
     observer: Observer,
     stop: StopRequest,
+    beat: Beat,
     world: World,
     mesh: DeviceMesh | None,
     device: torch.device,
@@ -110,6 +137,11 @@ def _train(
     allow_remote_code: bool,
 ) -> RunResult:
     begun = time.perf_counter()
+
+    def phase(text: str) -> None:
+        observer.phase(text)
+        beat(text, LOADING_PATIENCE)
+
     if recipe.training.compile:
         require_compiler(device)
     require_optimizer(recipe.training, device, world.size)
@@ -117,7 +149,7 @@ def _train(
     for sentence in without_effect(recipe, device):
         observer.warning(sentence)
 
-    observer.phase("opening the base")
+    phase("opening the base")
     base = open_base(recipe.model, recipe.quantization, allow_remote_code=allow_remote_code)
     recipe = attrs.evolve(recipe, quantization=base.quantization)
     meta = skeleton(base)
@@ -127,7 +159,7 @@ def _train(
         _check_start(start, folder, recipe, base)
     embedding: Any = meta.get_input_embeddings()
 
-    observer.phase("reading the data")
+    phase("reading the data")
     data = prepare(
         recipe.data,
         base.tokenizer,
@@ -150,7 +182,7 @@ def _train(
         fingerprints["the tokens of the held-out data"] = held_out.fingerprint()
     _require_same(fingerprints, world)
 
-    observer.phase("loading the base")
+    phase("loading the base")
     split = adapter.build_initialization(meta, recipe.adapter, seed=recipe.training.seed)
     shares = None
     if mesh is not None:
@@ -165,7 +197,7 @@ def _train(
     if recipe.training.activation_checkpointing:
         recompute_blocks(inner)
     if recipe.training.compile:
-        observer.phase("compiling: the first steps take longer, up to minutes")
+        phase("compiling: the first steps take longer, up to minutes")
         compile_blocks(inner)
     if mesh is not None:
         shard(root, mesh, device, cpu_offload=recipe.distributed.cpu_offload)
@@ -202,12 +234,14 @@ def _train(
     evaluations: list[EvaluationResult] = []
 
     def record(metrics: StepMetrics) -> None:
+        beat(f"training, after step {metrics.step}", 1.0)
         if world.main:
             folder.metrics.append({"event": "step", **attrs.asdict(metrics)})
 
     def run_evaluation(step: int) -> bool:
         if held_out is None:
             return False
+        beat(f"evaluating after step {step}", 1.0)
         try:
             with suspended(recipe.training.compile):
                 result = evaluate(
@@ -221,7 +255,7 @@ def _train(
                     step=step,
                     pad_to=pad_to,
                     world=world,
-                    asked=lambda: stop.signal is not None,
+                    asked=lambda: stop.asked,
                 )
         except Stopped:
             return True
@@ -265,6 +299,8 @@ def _train(
         pad_to=pad_to,
         layout=layout,
     )
+    stop.training = True
+    beat("training its first step", LOADING_PATIENCE)
     with tf32(recipe.training.tf32):
         due = evaluation_due(recipe.evaluation, progress.step, job.total_steps)
         stopped = False

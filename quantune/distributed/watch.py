@@ -1,0 +1,182 @@
+"""Ranks watching each other: which of them failed first, and which of them hangs.
+
+Each rank has a thread with a connection of its own to the store where the ranks met. About every second it says that
+its process lives, how many collectives its main thread has entered and where that thread is. When the main thread has
+made no progress for too long, the rank that has entered the fewest collectives is the one that the others wait for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import attrs
+import torch.distributed as dist
+
+from quantune.distributed.environment import attempt
+from quantune.distributed.world import COLLECTIVES, World
+
+INTERVAL = 1.0
+"""Seconds between two records."""
+STALE = 5.0
+"""Seconds after which a rank whose record stays the same has stopped altogether."""
+GRACE = 5.0
+"""Seconds that a rank has to end by itself after another one has failed."""
+PACKAGE = str(Path(__file__).parents[1])
+
+
+@attrs.frozen(kw_only=True)
+class Failure:
+    """The first failure of a world."""
+
+    rank: int
+    exit_code: int
+    final: bool
+    """Whether it would come up again if the run were started again."""
+
+
+class Board:
+    """Where the ranks of an attempt leave word for each other."""
+
+    def __init__(self, world: World, timeout: float = 60.0) -> None:
+        self.world = world
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+        self.store = dist.PrefixStore(f"/attempt/{attempt()}/watch", store)
+
+    def claim(self, failure: Failure) -> Failure:
+        """Report a failure; the first one there was is returned."""
+        text = json.dumps(attrs.asdict(failure))
+        found = self.store.compare_set("failure", "", text)
+        return Failure(**json.loads(found))
+
+    def first(self) -> Failure | None:
+        """The first failure there was."""
+        return Failure(**json.loads(self.store.get("failure"))) if self.store.check(["failure"]) else None
+
+    def post(self, record: dict[str, Any]) -> None:
+        """Say how this rank is."""
+        self.store.set(f"rank/{self.world.rank}", json.dumps(record))
+
+    def records(self) -> list[dict[str, Any] | None]:
+        """How all ranks were when they last said so, by rank."""
+        keys = [f"rank/{rank}" for rank in range(self.world.size)]
+        return [json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys]
+
+
+class Watch:
+    """Watches the other ranks from a thread of this one.
+
+    Args:
+        timeout: seconds without progress after which a rank hangs.
+        hung: is told of it, a sentence; then this process ends.
+        ended: is told of the first failure of another rank that this one does not end after by itself.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        timeout: float,
+        *,
+        hung: Callable[[str], None],
+        ended: Callable[[Failure], None],
+    ) -> None:
+        self.board = Board(world)
+        self.world = world
+        self.timeout = timeout
+        self._hung, self._ended = hung, ended
+        self._beat = time.monotonic()
+        self._doing = "starting"
+        self._patience = 2.0
+        self._done = threading.Event()
+        self._main = threading.main_thread().ident
+        self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def beat(self, doing: str, patience: float) -> None:
+        """The main thread got further; what it does next may take `patience` times the timeout."""
+        self._doing, self._patience, self._beat = doing, patience, time.monotonic()
+
+    def _run(self) -> None:
+        entered = COLLECTIVES.entered
+        try:
+            while not self._done.wait(INTERVAL):
+                self.board.post(self._record())
+                failure = self.board.first()
+                if failure is not None and not self._done.wait(GRACE):
+                    self._ended(failure)
+                if COLLECTIVES.entered != entered:
+                    entered, self._beat = COLLECTIVES.entered, time.monotonic()
+                if time.monotonic() - self._beat > self.timeout * self._patience:
+                    culprit = self._culprit()
+                    if not self._done.is_set():
+                        self._hung(culprit)
+        except (dist.DistError, RuntimeError):  # the store is gone, and its process with it: the main thread finds out
+            return
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "time": time.time(),
+            "collectives": COLLECTIVES.entered,
+            "doing": self._doing,
+            "seconds": time.monotonic() - self._beat,
+            "where": where(sys._current_frames().get(self._main or 0)),
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+        }
+
+    def _culprit(self) -> str:
+        """A sentence on the rank that the others wait for."""
+        before = self.board.records()
+        begun = time.monotonic()
+        while time.monotonic() - begun < STALE and not self._done.wait(INTERVAL):
+            self.board.post(self._record())
+        now = self.board.records()
+        missing = [rank for rank, record in enumerate(now) if record is None]
+        if missing:
+            return f"rank {missing[0]} never began, after {self.timeout:g} seconds"
+        stopped = [rank for rank, record in enumerate(now) if record == before[rank]]
+        counts = [record["collectives"] for record in now if record is not None]
+        behind = [rank for rank, count in enumerate(counts) if count == min(counts)]
+        rank = (stopped or behind)[0]
+        record: dict[str, Any] = now[rank] or {}
+        who = f"rank {rank} (process {record['process']} on {record['host']})"
+        if stopped:
+            return f"{who} has stopped altogether while {record['doing']}, at {record['where']}; the others wait for it"
+        if len(behind) == self.world.size:
+            return (
+                f"no rank has made progress for {record['seconds']:.0f} seconds while {record['doing']}, all of them "
+                f"in the same exchange: the network between them may be gone. Rank 0 is at {(now[0] or {})['where']}"
+            )
+        return (
+            f"{who} has been at {record['where']} for {record['seconds']:.0f} seconds while {record['doing']}, and the "
+            "others wait for it"
+        )
+
+
+def where(frame: FrameType | None) -> str:
+    """The innermost line of quantune's own code that a thread is in, and what it called from there."""
+    stack = traceback.extract_stack(frame) if frame is not None else []
+    for depth in range(len(stack) - 1, -1, -1):
+        entry = stack[depth]
+        if entry.filename.startswith(PACKAGE):
+            place = f"{Path(entry.filename).relative_to(Path(PACKAGE).parent)}:{entry.lineno}"
+            return place if depth + 1 == len(stack) else f"{place} (in {stack[-1].name})"
+    return stack[-1].name if stack else "an unknown place"
