@@ -68,7 +68,7 @@ def main() -> None:
 def _ending(error: BaseException, debug: bool) -> tuple[int, Callable[[str], object]]:
     """The exit code that an error stands for, and what prints it behind a few words."""
     if isinstance(error, KeyboardInterrupt):
-        return quantune.errors.EXIT_ABORTED, lambda before: err.print(f"{before}interrupted")
+        return quantune.errors.EXIT_ABORTED, lambda before: err.print(f"{before}aborted")
     if isinstance(error, OSError) and not debug:  # a disk that is full, an output that is closed
         error = quantune.errors.QuantuneError(f"{error.strerror or error}")
     if isinstance(error, quantune.errors.QuantuneError):

@@ -14,7 +14,7 @@ from quantune.cli.progress import ConsoleObserver, print_result
 from quantune.cli.recipes import open_recipe
 from quantune.distributed import worker
 from quantune.distributed.environment import attempt, launched
-from quantune.errors import DistributedError, InputError
+from quantune.errors import EXIT_ABORTED, DistributedError, InputError
 
 if TYPE_CHECKING:
     from quantune.checkpoint.run_folder import Mode
@@ -84,7 +84,10 @@ def run(
         return
     with RunFolder.open(path, mode):
         pass  # what is refused is refused before anything is started
-    raise typer.Exit(launch(given_arguments(), count, machines, checked.distributed))
+    code = launch(given_arguments(), count, machines, checked.distributed)
+    if code == EXIT_ABORTED:
+        raise KeyboardInterrupt
+    raise typer.Exit(code)
 
 
 def _train(checked: Recipe, mode: Mode, trust_remote_code: bool, as_json: bool) -> None:

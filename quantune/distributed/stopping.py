@@ -10,6 +10,8 @@ from types import FrameType
 from quantune.distributed.outcome import LaunchFolder
 from quantune.errors import DistributedError, InterruptedRun
 
+BEFORE_THE_FIRST_STEP = "stopped before training began; nothing had to be saved, the same command begins where this did"
+
 
 class StopRequest:
     """Remembers a request to stop until the step in progress is done; before there is anything to save it stops at
@@ -34,7 +36,7 @@ class StopRequest:
             folder = LaunchFolder.from_environment()
             if folder is not None and not folder.asked_to_stop():  # the launcher ends what is left of an attempt
                 raise DistributedError("another process of the run has ended")
-            raise InterruptedRun("stopped before the first step; nothing had to be saved, the same command goes on")
+            raise InterruptedRun(BEFORE_THE_FIRST_STEP)
         if number == signal.SIGINT:
             self._report("stopping after this step, and saving; Ctrl-C again aborts at once")
 

@@ -19,7 +19,8 @@ import attrs
 from quantune.checkpoint.run_folder import Mode, RunFolder
 from quantune.distributed.environment import adopt_slurm, attempt, launched
 from quantune.distributed.outcome import LaunchFolder
-from quantune.errors import EXIT_FAILURE, EXIT_RESUMABLE, DistributedError, QuantuneError
+from quantune.distributed.stopping import BEFORE_THE_FIRST_STEP
+from quantune.errors import EXIT_FAILURE, DistributedError, InterruptedRun
 
 if TYPE_CHECKING:
     from quantune.distributed.watch import Board, Failure
@@ -63,7 +64,11 @@ VOICE = Voice()
 
 
 def enter() -> bool:
-    """Begin as a worker, if a launcher started this process; False if the run has ended and there is nothing to do."""
+    """Begin as a worker, if a launcher started this process; False if the run has ended and there is nothing to do.
+
+    Raises:
+        InterruptedRun: the launcher was asked to stop before this process could be told.
+    """
     adopt_slurm()
     folder = LaunchFolder.from_environment()
     if folder is None or not launched():
@@ -72,8 +77,7 @@ def enter() -> bool:
         return False
     folder.enter(int(os.environ["LOCAL_RANK"]))
     if folder.asked_to_stop():
-        folder.settle(EXIT_RESUMABLE)
-        return False
+        raise InterruptedRun(BEFORE_THE_FIRST_STEP)
     return True
 
 
@@ -129,7 +133,7 @@ def end(error: BaseException, exit_code: int, speak: Speak) -> int:
     if first.rank == world.rank and first.exit_code == exit_code:
         VOICE.to_terminal()
         speak(f"rank {world.rank}: " if world.rank else "")
-    elif not isinstance(error, QuantuneError | KeyboardInterrupt):
+    elif VOICE.terminal is not None:  # into the log; the person has heard of the first one
         print(f"ended after rank {first.rank}: {error!r}", file=sys.stderr, flush=True)
     return _settled(first.exit_code, first.final)
 
