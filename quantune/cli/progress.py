@@ -115,7 +115,13 @@ class ConsoleObserver:
     def _numbers(self, metrics: StepMetrics) -> str:
         tokens = sum(step.tokens for step in self.recent)
         seconds = sum(step.seconds for step in self.recent)
-        return f"loss {metrics.loss:.4f}  lr {metrics.learning_rate:.2e}  {tokens / seconds:,.0f} tokens/s"
+        if len(metrics.tokens_by_rank) == 1:
+            return f"loss {metrics.loss:.4f}  lr {metrics.learning_rate:.2e}  {tokens / seconds:,.0f} tokens/s"
+        waited = sum(step.data_share * step.seconds for step in self.recent) / seconds
+        return (
+            f"loss {metrics.loss:.4f} (max {metrics.loss_max:.4f})  lr {metrics.learning_rate:.2e}  "
+            f"{tokens / seconds:,.0f} tokens/s  data {waited:.1%}  exchanged {size(metrics.communicated_bytes)}"
+        )
 
 
 def print_result(result: RunResult) -> None:

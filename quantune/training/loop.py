@@ -179,6 +179,7 @@ def train_step(job: Job, step: int, *, asked: bool = False, failed: bool = False
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
 
+    seconds = time.perf_counter() - begun
     metrics = StepMetrics(
         step=step + 1,
         epoch=(step + 1) * config.batch_size / len(job.dataset.samples),
@@ -189,8 +190,10 @@ def train_step(job: Job, step: int, *, asked: bool = False, failed: bool = False
         tokens=sum(int(share.tokens) for share in by_rank),
         tokens_by_rank=tuple(int(share.tokens) for share in by_rank),
         target_tokens=targets,
-        seconds=time.perf_counter() - begun,
-        data_seconds=max(share.data_seconds for share in by_rank),
+        seconds=seconds,
+        tokens_per_second=sum(share.tokens for share in by_rank) / seconds,
+        tokens_per_second_by_rank=tuple(share.tokens / seconds for share in by_rank),
+        data_share=max(share.data_seconds for share in by_rank) / seconds,
         communicated_bytes=sum(int(share.communicated) for share in by_rank),
         peak_bytes_by_rank=tuple(int(share.peak) for share in by_rank),
     )

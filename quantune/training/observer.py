@@ -27,8 +27,11 @@ class StepMetrics:
     tokens_by_rank: tuple[int, ...]
     target_tokens: int
     seconds: float
-    data_seconds: float
-    """Of these, waiting for data, on the rank that waited longest."""
+    tokens_per_second: float
+    """Of all ranks."""
+    tokens_per_second_by_rank: tuple[float, ...]
+    data_share: float
+    """The share of the time that the rank which waited longest for data waited, from 0 to 1."""
     communicated_bytes: int
     """Bytes that all ranks together received from each other: gathered weights and reduced gradients."""
     peak_bytes_by_rank: tuple[int, ...]

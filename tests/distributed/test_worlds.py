@@ -155,7 +155,9 @@ def test_a_rank_reports_what_it_did(recipe, tmp_path):
         assert len(row["tokens_by_rank"]) == len(row["peak_bytes_by_rank"]) == 2
         assert sum(row["tokens_by_rank"]) == row["tokens"] and min(row["tokens_by_rank"]) > 0
         assert row["loss_max"] >= row["loss"] > 0
-        assert 0 < row["data_seconds"] < row["seconds"]
+        assert 0 < row["data_share"] < 1
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["seconds"])
+        assert sum(row["tokens_per_second_by_rank"]) == pytest.approx(row["tokens_per_second"])
         assert min(row["peak_bytes_by_rank"]) > 1_000_000
 
 

@@ -14,6 +14,7 @@ from quantune.distributed.shares import Shares, gathered
 from quantune.distributed.world import World, joined
 from quantune.errors import QuantizationError
 from quantune.model import adapter
+from quantune.model.compilation import compile_blocks
 from quantune.model.load import load_model, packed_fingerprint
 from quantune.recipe.schema import AdapterConfig
 from quantune.training.loss import build_loss
@@ -69,12 +70,14 @@ def test_an_unquantized_base_is_shared_too(request, mixtures, name):
         assert torch.equal(found[name], value), name
 
 
-def _losses(world, base, plan, config):
+def _losses(world, base, plan, config, backend=None):
     alone = world.size == 1
     with joined(world, CPU, timedelta(seconds=60)) as mesh:
         shares = None if mesh is None else Shares(world=world, mesh=mesh, device=CPU)
         inner = load(base, plan, shares)
         root = Root(adapter.attach(inner, config, base_name="", seed=0))
+        if backend is not None:
+            compile_blocks(inner, backend)
         if mesh is not None:
             shard(root, mesh, CPU)
         loss = root(build_loss, inner)
@@ -99,6 +102,13 @@ def test_adapters_on_experts_train_the_same_on_two_ranks(mixtures, base):
     first, second = on_ranks(2, _losses, base, plan, config)
     assert first == second == pytest.approx(alone, rel=1e-5)
     assert alone[-1] < alone[0] * 0.999
+
+
+def test_compiled_blocks_train_the_same_on_two_ranks(llama):
+    plan, config = quantization(weight_dtype="nf4"), AdapterConfig(r=4)
+    alone = _losses(World(), base_of(llama), plan, config)
+    first, second = on_ranks(2, _losses, base_of(llama), plan, config, "aot_eager")
+    assert first == second == pytest.approx(alone, rel=1e-5)
 
 
 def _fails_on_one(world, base, plan):

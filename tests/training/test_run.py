@@ -92,7 +92,7 @@ def adapter_bytes(run):
 
 def metrics(run):
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    timings = {"seconds", "data_seconds", "peak_bytes_by_rank"}
+    timings = {"seconds", "tokens_per_second", "tokens_per_second_by_rank", "data_share", "peak_bytes_by_rank"}
     return [{key: value for key, value in json.loads(line).items() if key not in timings} for line in lines]
 
 
