@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from quantune.checkpoint.run_folder import RunFolder
-from quantune.errors import RunFolderError
+from quantune.errors import EXIT_IN_USE, RunFolderError
 
 
 def fill(folder, state, checkpoint=True):
@@ -18,10 +18,10 @@ def fill(folder, state, checkpoint=True):
         run.write_status(state, 3)
 
 
-def refusal(folder, mode):
+def refusal(folder, mode, exit_code=2):
     with pytest.raises(RunFolderError) as caught, RunFolder.open(folder, mode):
         pass
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == exit_code
     return str(caught.value)
 
 
@@ -123,7 +123,7 @@ def test_a_folder_in_use_names_who_uses_it(tmp_path):
             signal.pause()
     os.read(ready, 1)
     try:
-        assert f"is in use by process {child} on " in refusal(tmp_path / "run", "overwrite")
+        assert f"is in use by process {child} on " in refusal(tmp_path / "run", "overwrite", EXIT_IN_USE)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
