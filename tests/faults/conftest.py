@@ -45,6 +45,19 @@ every_steps = 2
 dir = "run"
 """
 
+SAME = (
+    "event",
+    "step",
+    "epoch",
+    "loss",
+    "loss_max",
+    "grad_norm",
+    "learning_rate",
+    "tokens",
+    "target_tokens",
+    "samples",
+)
+
 
 @attrs.frozen
 class Work:
@@ -60,15 +73,18 @@ class Work:
     def run(self) -> Path:
         return self.folder / "run"
 
+    def is_as(self, whole: Work) -> bool:
+        """Whether it ended with the same bytes as `whole`, and step for step."""
+        return self.adapter() == whole.adapter() and self.rows() == whole.rows()
+
     def adapter(self) -> bytes:
         """The result."""
         return (self.run / "adapter" / "adapter_model.safetensors").read_bytes()
 
     def rows(self) -> list[dict]:
-        """The steps and evaluations, without what depends on the clock and the machine."""
-        timings = {"seconds", "data_seconds", "peak_bytes_by_rank"}
+        """The steps and evaluations: what of them does not depend on the clock and the machine."""
         lines = map(json.loads, (self.run / "metrics.jsonl").read_text().splitlines())
-        return [{key: value for key, value in line.items() if key not in timings} for line in lines]
+        return [{key: line[key] for key in SAME if key in line} for line in lines]
 
     def step(self) -> int:
         """Steps that are recorded."""

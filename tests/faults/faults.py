@@ -6,6 +6,7 @@ functions in that process alone. A fault fires once in all, in whatever attempt,
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -25,7 +26,8 @@ DAY = 86400.0
 Place = Literal["loading", "step", "evaluation", "saving", "publishing"]
 """Before the base is loaded; before a step; in an evaluation, after its first batch; when the files of a checkpoint or
 of the adapter are written and not committed."""
-Kind = Literal["kill", "stop", "hang", "error", "nan", "terminate", "interrupt", "interrupt twice", "clock"]
+Kind = Literal["kill", "stop", "hang", "error", "nan", "terminate", "interrupt", "interrupt twice", "clock", "fill"]
+FILLER = "filler"
 
 
 @attrs.frozen(kw_only=True)
@@ -39,6 +41,8 @@ class Fault:
     step: int | None = None
     """Steps that are done by then; None for any."""
     rank: int = 0
+    disk: Path | None = None
+    """The folder whose disk `fill` fills, with a file in it."""
 
     def fired(self) -> bool:
         """Whether it has happened."""
@@ -47,14 +51,14 @@ class Fault:
 
 def environment(faults: Iterable[Fault]) -> dict[str, str]:
     """What the processes of a run with these faults have in their environment."""
-    return {VARIABLE: json.dumps([{**attrs.asdict(fault), "proof": str(fault.proof)} for fault in faults])}
+    return {VARIABLE: json.dumps([attrs.asdict(fault) for fault in faults], default=str)}
 
 
 def install() -> None:
     """Arm the faults for this process that the environment describes."""
     described = json.loads(os.environ.get(VARIABLE, "[]"))
     rank = int(os.environ.get("RANK", "0"))
-    armed = [Fault(**{**entry, "proof": Path(entry["proof"])}) for entry in described if entry["rank"] == rank]
+    armed = [_fault(entry) for entry in described if entry["rank"] == rank]
     if not armed:
         return
     import quantune.checkpoint.store as store
@@ -104,6 +108,11 @@ def install() -> None:
     wrap(store, "write_committed", committed("saving"))
 
 
+def _fault(entry: dict[str, Any]) -> Fault:
+    paths = {key: Path(entry[key]) for key in ("proof", "disk") if entry[key] is not None}
+    return Fault(**{**entry, **paths})
+
+
 def wrap(module: ModuleType, name: str, wrapper: Callable) -> None:
     """Put `wrapper`, which is given the original, in its place; a name that is gone is an error, not a fault less."""
     setattr(module, name, functools.partial(wrapper, getattr(module, name)))
@@ -129,6 +138,8 @@ def fire(fault: Fault) -> None:
         os.kill(os.getpid(), signal.SIGINT)
     elif fault.kind == "clock":
         leap()
+    elif fault.kind == "fill" and fault.disk is not None:
+        fill(fault.disk / FILLER)
     else:
         raise AssertionError(f"{fault.kind} can't happen at {fault.place}")
 
@@ -139,6 +150,13 @@ def prove(fault: Fault) -> None:
         file.write(f"rank {os.environ.get('RANK', '0')}, process {os.getpid()}")
         file.flush()
         os.fsync(file.fileno())
+
+
+def fill(filler: Path) -> None:
+    """Leave no room on a disk."""
+    with filler.open("wb", 0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
 
 
 def leap() -> None:

@@ -27,11 +27,6 @@ def resumed(work):
     return done
 
 
-def is_as(work, whole):
-    """Whether a run ended as the uninterrupted one, step for step."""
-    return work.adapter() == whole.adapter() and work.rows() == whole.rows()
-
-
 @pytest.mark.slow
 def test_killed_at_twenty_random_times_a_run_ends_with_the_same_bytes(tmp_path):
     options = ["--set", "training.max_steps=60", "--set", "checkpoint.every_steps=1"]
@@ -52,7 +47,7 @@ def test_killed_at_twenty_random_times_a_run_ends_with_the_same_bytes(tmp_path):
     assert len(set(recorded)) > KILLS / 3, "most of them died before the first step"
     done = quantune_run(work.recipe, *options, "--resume")
     assert done.code == 0, done.said
-    assert is_as(work, whole)
+    assert work.is_as(whole)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +60,7 @@ def test_killed_anywhere_a_run_ends_with_the_same_bytes(work, whole, place, step
     assert killed.fired()
     assert not (work.run / "adapter").exists()
     resumed(work)
-    assert is_as(work, whole)
+    assert work.is_as(whole)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +75,7 @@ def test_asked_to_stop_a_run_saves_and_ends_with_75(work, whole, kind, place, st
     assert work.checkpoints()[-1] == 5
     assert json.loads((work.run / "status.json").read_text()) == {"state": "interrupted", "step": 5}
     resumed(work)
-    assert is_as(work, whole)
+    assert work.is_as(whole)
 
 
 @pytest.mark.parametrize("kind", ["terminate", "interrupt", "interrupt twice"])
@@ -100,7 +95,7 @@ def test_interrupted_twice_a_run_ends_at_once_with_130(work, whole, place, step)
     assert "Traceback" not in done.said
     assert [name for name in (work.run).rglob("*.tmp-*")] == []
     resumed(work)
-    assert is_as(work, whole)
+    assert work.is_as(whole)
 
 
 def test_a_clock_that_jumps_changes_nothing(work, whole):
@@ -112,7 +107,7 @@ def test_a_clock_that_jumps_changes_nothing(work, whole):
     done = quantune_run(work.recipe, "--resume", faults=[again])
     assert done.code == 0 and again.fired(), done.said
     assert "resuming from step-00000006" in done.said
-    assert is_as(work, whole)
+    assert work.is_as(whole)
 
 
 def test_a_loss_that_is_not_a_number_ends_with_4_and_the_run_can_go_on(work, whole):
@@ -121,7 +116,7 @@ def test_a_loss_that_is_not_a_number_ends_with_4_and_the_run_can_go_on(work, who
     assert nan.fired() and done.code == 4
     assert "the loss of step 6 is nan; nothing was updated with it. The samples were train.jsonl:" in done.said
     resumed(work)
-    assert is_as(work, whole)
+    assert work.is_as(whole)
 
 
 def test_an_error_nobody_foresaw_ends_with_70_and_says_how_to_report_it(work, whole):
@@ -130,7 +125,7 @@ def test_an_error_nobody_foresaw_ends_with_70_and_says_how_to_report_it(work, wh
     assert error.fired() and done.code == 70
     assert done.said.count("injected on rank 0") == 2 and "Please report it" in done.said  # traceback and sentence
     resumed(work)
-    assert is_as(work, whole)
+    assert work.is_as(whole)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +163,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(interrupte
     done = resumed(interrupted)
     assert "warning: step-00000008/optimizer.safetensors" in done.said and said in done.said
     assert "falling back to the checkpoint before it" in done.said and "resuming from step-00000006" in done.said
-    assert is_as(interrupted, whole)
+    assert interrupted.is_as(whole)
 
 
 def test_when_all_checkpoints_are_damaged_the_run_ends_with_5_and_says_what_is_left_to_do(interrupted):
@@ -189,7 +184,7 @@ def test_data_that_changed_between_two_runs_is_refused_by_name(interrupted, whol
     assert "the tokens of the training data changed since it was written" in done.said
     data.write_text(before)
     resumed(interrupted)
-    assert is_as(interrupted, whole)
+    assert interrupted.is_as(whole)
 
 
 def test_a_second_run_in_the_same_folder_is_refused_at_once_and_told_by_whom(work, whole):
@@ -206,4 +201,4 @@ def test_a_second_run_in_the_same_folder_is_refused_at_once_and_told_by_whom(wor
         assert "opening the base" not in second.said and time.monotonic() - begun < 5
     first.send(signal.SIGCONT)
     assert first.end().code == 0
-    assert is_as(work, whole)
+    assert work.is_as(whole)
