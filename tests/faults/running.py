@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import attrs
 import faults
+import torch.distributed as dist
 import torchao  # noqa: F401  what publishing an adapter imports
 
 import quantune.cli
@@ -23,26 +26,35 @@ TIMEOUT = 60
 """Seconds after which a command counts as hung."""
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(kw_only=True)
 class Command:
     """A command that was started."""
 
     process: int
     output: Path
+    code: int | None = None
+    """Its exit code, negative for a signal; None while it has not ended."""
 
     def send(self, number: signal.Signals) -> None:
         """Send it a signal."""
         os.kill(self.process, number)
 
     def wait(self, seconds: float = TIMEOUT) -> int | None:
-        """Its exit code, negative for a signal; None if it has not ended by then."""
+        """Its exit code; None if it has not ended by then."""
         deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
+        while self.code is None and time.monotonic() < deadline:
             done, status = os.waitpid(self.process, os.WNOHANG)
             if done:
-                return os.waitstatus_to_exitcode(status)
-            time.sleep(0.002)
-        return None
+                self.code = os.waitstatus_to_exitcode(status)
+            else:
+                time.sleep(0.002)
+        return self.code
+
+    def kill(self) -> None:
+        """Kill it, if it has not ended."""
+        if self.code is None:
+            self.send(signal.SIGKILL)
+            self.wait()
 
     def end(self) -> Done:
         """Wait for its end.
@@ -51,9 +63,7 @@ class Command:
             AssertionError: it did not come; the process is gone now.
         """
         code = self.wait()
-        if code is None:
-            self.send(signal.SIGKILL)
-            os.waitpid(self.process, 0)
+        self.kill()
         assert code is not None, f"did not end within {TIMEOUT} seconds; it wrote:\n{self.said()}"
         return Done(code=code, said=self.said())
 
@@ -68,6 +78,42 @@ class Done:
 
     code: int
     said: str
+
+
+@contextlib.contextmanager
+def ranks(size: int, recipe: Path, *options: str, faults: Iterable[faults.Fault] = ()) -> Iterator[list[Command]]:
+    """`quantune run` in `size` ranks, started as torchrun starts them; what is left of them at the end is killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    world |= {"TORCHELASTIC_USE_AGENT_STORE": True, "GLOO_SOCKET_IFNAME": "lo"}
+    shared = {name: str(value) for name, value in world.items()}
+    commands = [
+        start(
+            "run",
+            recipe,
+            *options,
+            output=recipe.with_suffix(f".{rank}.out"),
+            faults=faults,
+            **{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(size)
+    ]
+    # made after the forks, which threads do not survive
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    try:
+        yield commands
+    finally:
+        for command in commands:
+            command.kill()
+        del store
+
+
+def quantune_ranks(size: int, recipe: Path, *options: str, faults: Iterable[faults.Fault] = ()) -> list[Done]:
+    """The same to its end; what each rank says to the person."""
+    with ranks(size, recipe, *options, faults=faults) as commands:
+        return [command.end() for command in commands]
 
 
 def start(
