@@ -18,10 +18,9 @@ from power import after_power_loss, build, recorded
 from torch import nn
 
 from quantune.checkpoint.commit import MANIFEST, REPLACED, TEMPORARY, verify, write_committed, write_file_atomically
-from quantune.checkpoint.state import load_state, save_state
+from quantune.checkpoint.state import TrainingState, capture, restore, write_state
 from quantune.checkpoint.store import CheckpointStore
 
-PRINTS = {"[adapter]": {"r": 4}}
 SIZES = (0, 200, 500, 5000)
 """Where writes are torn: at once, and within the adapter's tensors, the optimizer's and the state."""
 
@@ -44,17 +43,22 @@ class Run:
     def tensors(self) -> list[torch.Tensor]:
         return [t for p in self.parameters.values() for t in (p, self.optimizer.state[p]["exp_avg"])]
 
+    def state(self) -> TrainingState:
+        state = capture(**self.named(), progress={"step": self.number}, identity={})
+        assert state is not None
+        return state
+
     def write(self, folder: Path) -> None:
-        save_state(folder, **self.named(), progress={"step": self.number})
+        write_state(folder, self.state())
 
     def read(self, folder: Path) -> int:
         """The number that all of a checkpoint agrees on."""
-        step = load_state(folder, **self.named())["step"]
+        step = restore(folder, **self.named())["step"]
         assert all(bool((tensor == step).all()) for tensor in self.tensors())
         return step
 
     def named(self) -> dict:
-        return {"parameters": self.parameters, "optimizer": self.optimizer, "fingerprints": PRINTS}
+        return {"parameters": self.parameters, "optimizer": self.optimizer}
 
 
 @attrs.frozen(kw_only=True)
