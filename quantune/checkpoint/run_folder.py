@@ -27,11 +27,11 @@ from typing import Any, Literal
 
 import attrs
 
-from quantune.checkpoint.commit import TEMPORARY, write_file_atomically
+from quantune.checkpoint.commit import TEMPORARY, make_folder, write_file_atomically
 from quantune.checkpoint.history import History
 from quantune.checkpoint.metrics_log import MetricsLog
 from quantune.checkpoint.store import CheckpointStore
-from quantune.errors import FolderInUseError, RunFolderError
+from quantune.errors import FolderInUseError, QuantuneError, RunFolderError
 
 __all__ = ["MetricsLog", "Mode", "RunFolder", "State"]
 
@@ -83,11 +83,11 @@ class RunFolder:
 
     def write_recipe(self, text: str) -> None:
         """Write the resolved recipe."""
-        write_file_atomically(self.path / "recipe.toml", text)
+        _write(self.path / "recipe.toml", text)
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Write what the run was made of."""
-        write_file_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        _write(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
     def fingerprints(self) -> dict[str, Any]:
         """What the manifest says the run was made of, empty where it says nothing."""
@@ -98,7 +98,7 @@ class RunFolder:
 
     def write_status(self, state: State, step: int) -> None:
         """Write where the run stands."""
-        write_file_atomically(self.path / STATUS, json.dumps({"state": state, "step": step}) + "\n")
+        _write(self.path / STATUS, json.dumps({"state": state, "step": step}) + "\n")
 
     def state(self) -> State | None:
         """Where the run stands; None for a folder that no run has got far enough in to say.
@@ -113,6 +113,11 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"{self.path / STATUS} can't be read: {error.strerror}") from error
         return state if state in STATES else None
+
+    def unfinished(self) -> bool:
+        """Whether a run was begun here and is not finished; it may have saved nothing yet."""
+        state = self.state()
+        return state in ("running", "interrupted") or (state is None and bool(self.checkpoints.steps()))
 
     @classmethod
     @contextlib.contextmanager
@@ -132,7 +137,7 @@ class RunFolder:
             if mode == "resume" and not _is_run_folder(path):
                 what = "is empty" if path.exists() else "does not exist"
                 raise RunFolderError(f"there is nothing to resume: {path} {what}. Leave out --resume to start")
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             _probe(path)
             lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
@@ -154,7 +159,7 @@ class RunFolder:
             return mode
         if self.state() == "finished":
             return None
-        return "resume" if self.checkpoints.steps() else "overwrite"
+        return "resume" if self.unfinished() else "overwrite"
 
     def _prepare(self, mode: Mode) -> None:
         state = self.state()
@@ -193,6 +198,20 @@ class RunFolder:
         for name in (*FILES, *FOLDERS):
             for leftover in self.path.glob(f"{name}{TEMPORARY}*"):
                 _remove(leftover)
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file of the folder.
+
+    Raises:
+        QuantuneError: it can't be written; it is as it was before.
+    """
+    try:
+        write_file_atomically(path, text)
+    except OSError as error:
+        raise QuantuneError(
+            f"{path} can't be written: {error.strerror}. What is saved is untouched; put that right and resume"
+        ) from error
 
 
 def _refuse_foreign(path: Path) -> None:

@@ -316,6 +316,7 @@ def _train(
         return state
 
     def save(progress: Progress) -> None:
+        beat(f"saving after step {progress.step}", 1.0)
         saver.save(progress.step, take)
 
     assert recipe.training.max_steps is not None and recipe.training.warmup_steps is not None
