@@ -25,13 +25,15 @@ import os
 from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
-import numpy as np
 
 from quantune.checkpoint.commit import sync_file
 from quantune.errors import QuantuneError, RunFolderError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @attrs.frozen

@@ -8,6 +8,7 @@ checkpoints/    what the run resumes from
 adapter/        the result
 logs/           what ranks other than 0 said, a file each
 status.json     running, interrupted or finished, and at which step
+.overwriting    what is here is an older run's, and is removed once the one that overwrites it has loaded
 .lock           which process uses the folder; its text also says that the folder is a run's
 """
 
@@ -45,6 +46,7 @@ PACKED = "the packed weights"
 FOLDERS = ("checkpoints", "adapter", "adapter.replaced")
 LOGS = "logs"
 LOCK = ".lock"
+OVERWRITING = ".overwriting"
 HOLDER = re.compile(r"process \d+ on \S+")
 """What a lock file says. Other programs have a `.lock` too, and a `manifest.json`, and even an `adapter/`."""
 
@@ -112,6 +114,11 @@ class RunFolder:
             raise RunFolderError(f"{self.path / STATUS} can't be read: {error.strerror}") from error
         return state if state in STATES else None
 
+    def unfinished(self) -> bool:
+        """Whether a run was begun here and is not finished; it may have saved nothing yet."""
+        state = self.state()
+        return state in ("running", "interrupted") or (state is None and bool(self.checkpoints.steps()))
+
     @classmethod
     @contextlib.contextmanager
     def open(cls, path: Path, mode: Mode) -> Iterator[RunFolder]:
@@ -146,14 +153,24 @@ class RunFolder:
             fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough where a forked worker still has it open
             os.close(lock)
 
+    def going_on(self, mode: Mode) -> Mode | None:
+        """How a run that was begun with `mode` goes on where it died, whatever it left; None if it had finished."""
+        if mode == "overwrite" and (self.path / OVERWRITING).exists():
+            return mode
+        if self.state() == "finished":
+            return None
+        return "resume" if self.unfinished() else "overwrite"
+
     def _prepare(self, mode: Mode) -> None:
         state = self.state()
+        if mode == "overwrite":
+            (self.path / OVERWRITING).touch()
+            return
         if mode == "resume":
             if state == "finished":
                 raise RunFolderError(f"the run in {self.path} is finished; --overwrite starts it again")
-            self._sweep()
-        elif mode == "overwrite":
-            return
+            _remove(self.path / OVERWRITING)
+            self._sweep()  # one that stopped before its first checkpoint begins again
         elif state == "finished":
             raise RunFolderError(
                 f"{self.path} holds a finished run; --overwrite starts it again, "
@@ -172,7 +189,7 @@ class RunFolder:
         """
         for name in FOLDERS:
             _remove(self.path / name)
-        for name in FILES:
+        for name in (*FILES, OVERWRITING):
             _remove(self.path / name)
         self._sweep()
 

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from quantune.distributed.environment import attempt, launched
+from quantune.distributed.network import interface_towards
+from quantune.errors import DistributedError
 
 
 @attrs.define
@@ -101,14 +103,27 @@ def joined(
 
     Yields the mesh that a model is sharded over; None for a process that is alone, unless `alone` asks for a group of
     one.
+
+    Raises:
+        DistributedError: the other processes did not come.
     """
     if world.size == 1 and not alone:
         yield None
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=_store(world, timeout), rank=world.rank, world_size=world.size, timeout=timeout
-    )
+    if world.size > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_towards(os.environ["MASTER_ADDR"])
+        if interface is not None:  # by itself gloo takes what the host's own name stands for, if it does for anything
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+    try:
+        dist.init_process_group(
+            backend, store=_store(world, timeout), rank=world.rank, world_size=world.size, timeout=timeout
+        )
+    except dist.DistError as error:
+        raise DistributedError(
+            f"expected {world.size} processes to meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"within {timeout.total_seconds():g} seconds, they did not: {str(error).splitlines()[0]}"
+        ) from error
     try:
         yield init_device_mesh(device.type, (world.size,))
         dist.barrier()  # one that is done early would close connections that others still use
@@ -116,10 +131,26 @@ def joined(
         dist.destroy_process_group()
 
 
+_KEPT: list[dist.Store] = []
+"""The store that this process hosts, until it ends: the others read there why the run did."""
+
+
+def hosts_store(world: World) -> bool:
+    """Whether this process has the store where the ranks meet, because what launched it has none."""
+    return world.main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def keeps_store() -> bool:
+    """Whether this process has begun to host the store."""
+    return bool(_KEPT)
+
+
 def _store(world: World, timeout: timedelta) -> dist.Store:
     """Where the processes find each other: at MASTER_ADDR, as torch's `env://`."""
     if world.size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
     store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
+    if hosts_store(world):
+        _KEPT.append(store)
     # the store outlives an attempt, and the keys of processes that died in it
     return dist.PrefixStore(f"/attempt/{attempt()}", store)

@@ -1,0 +1,140 @@
+"""What becomes of a run of several processes, by what happens to them. The runs are toys: see `toy.py`."""
+
+import os
+import signal
+import socket
+import sys
+
+import pytest
+from launching import launched, wait_until
+
+from quantune.distributed.launch import Nodes
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+]
+
+
+def test_rank_0_speaks_and_the_others_write_to_logs(tmp_path):
+    run = launched(tmp_path, processes=3, steps=2)
+    assert run.ended() == 0
+    assert run.said().splitlines() == ["importing", "attempt 0, step 1", "attempt 0, step 2"]
+    for rank in (1, 2):
+        header, *lines = run.log(rank).splitlines()
+        assert header.startswith("--- attempt 0, process ") and lines == run.said().splitlines()
+
+
+def test_a_worker_that_is_killed_is_started_again_with_the_others(tmp_path):
+    run = launched(tmp_path, restarts=1, steps=3, fault={"rank": 1, "step": 2, "do": "die", "attempts": 1})
+    assert run.ended() == 0 and run.fired() == ["1-0"]
+    assert "attempt 1, step 3" in run.said() and run.errors() == []
+    assert [line for line in run.log(1).splitlines() if line.startswith("---")][1].startswith("--- attempt 1, ")
+
+
+def test_a_worker_that_dies_once_too_often_is_named_with_its_signal(tmp_path):
+    run = launched(tmp_path, restarts=1, fault={"rank": 1, "step": 2, "do": "die"})
+    assert run.ended() == 7 and run.fired() == ["1-0", "1-1"]
+    (error,) = run.errors()
+    assert error.startswith("error: rank 1 (process ") and "was killed by SIGKILL" in error
+    assert "the last of 2 attempts. --resume goes on from the last checkpoint" in error
+
+
+@pytest.mark.parametrize(
+    ("fault", "exit_code", "said"),
+    [
+        ({"rank": 1, "step": 2, "do": "not finite"}, 4, "error: rank 1: the loss is NaN"),
+        ({"rank": "all", "step": 2, "do": "data error"}, 2, "error: row 3 has no text"),
+        ({"rank": 0, "do": "data error"}, 2, "error: row 3 has no text"),  # the others wait for it to come
+        ({"rank": 1, "step": 2, "do": "bug"}, 70, "bug: rank 1: quantune ended on an error that it should have"),
+    ],
+)
+def test_the_first_error_is_shown_once_is_the_exit_code_and_starts_nothing_again(tmp_path, fault, exit_code, said):
+    run = launched(tmp_path, restarts=3, fault=fault)
+    assert run.ended() == exit_code
+    assert all(name.endswith("-0") for name in run.fired()) and run.fired()
+    (error,) = run.errors()
+    assert error.startswith(said)
+    assert run.said().count("Traceback") == (exit_code == 70)
+    assert run.workers() == []
+
+
+@pytest.mark.parametrize(("fault", "what"), [("freeze", "has stopped altogether"), ("hang", "has been at")])
+def test_a_rank_that_hangs_is_named_and_ended(tmp_path, fault, what):
+    run = launched(tmp_path, timeout=5, fault={"rank": 1, "step": 2, "do": fault})
+    assert run.ended() == 7 and run.fired() == ["1-0"]
+    named, ended = run.errors()
+    assert named.startswith("error: rank 1 (process ") and what in named and "the others wait for it" in named
+    assert "rank 1" in ended and "was ended because it hung" in ended
+    assert run.workers() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_launcher_that_is_asked_to_stop_lets_all_ranks_agree_on_a_step_and_save(tmp_path, number):
+    run = launched(tmp_path, steps=10_000, seconds=0.05)
+    run.wait_for("step 2")
+    run.send(number)
+    assert run.ended() == 75
+    stopped = {(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)}
+    assert len(stopped) == 1
+    assert run.errors() == [f"interrupted: stopped after step {stopped.pop()} and saved"]
+    assert ("Ctrl-C again aborts at once" in run.said()) == (number == signal.SIGINT)
+
+
+def test_one_worker_that_is_asked_to_stop_is_enough(tmp_path):
+    run = launched(tmp_path, steps=10_000, seconds=0.05, restarts=3, fault={"rank": 1, "step": 2, "do": "be asked"})
+    assert run.ended() == 75 and run.fired() == ["1-0"]
+    assert (tmp_path / "saved-0").read_text() == (tmp_path / "saved-1").read_text()
+
+
+def test_a_run_that_is_asked_to_stop_while_it_imports_stops_before_training(tmp_path):
+    run = launched(tmp_path, restarts=3)
+    run.wait_for("importing")
+    run.send(signal.SIGTERM)
+    assert run.ended() == 75
+    assert "step 1" not in run.said()
+    (error,) = run.errors()
+    assert "stopped before the first step; nothing had to be saved" in error
+
+
+def test_a_second_ctrl_c_aborts_at_once_and_leaves_no_process(tmp_path):
+    run = launched(tmp_path, steps=10_000, seconds=30.0)
+    run.wait_for("importing")
+    wait_until(lambda: run.workers() != [], "there were no workers")
+    run.send(signal.SIGINT)
+    run.wait_for("Ctrl-C again aborts at once")
+    run.send(signal.SIGINT)
+    assert run.ended() == 130
+    assert run.workers() == []
+    assert run.said().splitlines()[-1].startswith("aborted:")
+
+
+def test_workers_end_with_their_launcher(tmp_path):
+    run = launched(tmp_path, steps=10_000, seconds=0.05)
+    run.wait_for("step 1")
+    assert len(run.workers()) == 2
+    run.send(signal.SIGKILL)
+    assert run.ended() == -signal.SIGKILL
+    wait_until(lambda: run.workers() == [], "workers went on without their launcher")
+
+
+def test_a_launcher_that_waits_for_another_machine_can_be_interrupted(tmp_path):
+    run = launched(tmp_path, nodes=Nodes(count=2, rank=0, rendezvous="localhost:29917"))
+    wait_until(lambda: _listens(29917), "the launcher did not open its port")
+    run.send(signal.SIGINT)
+    assert run.ended() == 75
+    assert run.errors() == ["interrupted: stopped while waiting for the other machines; the same command goes on"]
+
+
+def _listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
+
+
+def test_nothing_is_left_behind_in_the_temporary_folder(tmp_path, monkeypatch):
+    places = tmp_path / "temporary"
+    places.mkdir()
+    monkeypatch.setenv("TMPDIR", str(places))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    assert launched(tmp_path, steps=1).ended() == 0
+    assert os.listdir(places) == []
