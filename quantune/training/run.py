@@ -294,10 +294,14 @@ def _train(
         history.append("checkpoint", step=step)
         observer.checkpoint(step)
 
+    def flush() -> None:
+        history.flush()
+        folder.metrics.flush()
+
     saver = Saver(
         store=folder.checkpoints,
         keep=recipe.checkpoint.keep,
-        prepare=history.flush,
+        prepare=flush,
         committed=committed,
         lost=observer.warning,
         world=world,
