@@ -103,7 +103,7 @@ def _settings(processes: int, nodes: Nodes, config: DistributedConfig) -> dict[s
         "rdzv_configs": {"timeout": int(config.timeout)},
     }
     if nodes.count == 1:
-        settings.update(rdzv_backend="c10d", rdzv_endpoint="localhost:0")
+        settings.update(rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="127.0.0.1")
     else:
         settings.update(rdzv_backend="static", rdzv_endpoint=nodes.rendezvous)
         settings["rdzv_configs"]["rank"] = nodes.rank

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
 
 from quantune.distributed.outcome import LaunchFolder
-from quantune.errors import DistributedError, InterruptedRun
+from quantune.errors import EXIT_FAILURE, InterruptedRun
 
 BEFORE_THE_FIRST_STEP = "stopped before training began; nothing had to be saved, the same command begins where this did"
 
@@ -35,7 +36,7 @@ class StopRequest:
         if not self.training:
             folder = LaunchFolder.from_environment()
             if folder is not None and not folder.asked_to_stop():  # the launcher ends what is left of an attempt
-                raise DistributedError("another process of the run has ended")
+                sys.exit(EXIT_FAILURE)
             raise InterruptedRun(BEFORE_THE_FIRST_STEP)
         if number == signal.SIGINT:
             self._report("stopping after this step, and saving; Ctrl-C again aborts at once")

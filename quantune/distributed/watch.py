@@ -24,7 +24,8 @@ import attrs
 import torch.distributed as dist
 
 from quantune.distributed.environment import attempt
-from quantune.distributed.world import COLLECTIVES, World
+from quantune.distributed.world import COLLECTIVES, World, connect
+from quantune.errors import EXIT_FAILURE
 
 INTERVAL = 1.0
 """Seconds between two records."""
@@ -46,13 +47,16 @@ class Failure:
 
 
 class Board:
-    """Where the ranks of an attempt leave word for each other."""
+    """Where the ranks of an attempt leave word for each other.
 
-    def __init__(self, world: World, timeout: float = 60.0) -> None:
+    Args:
+        timeout: seconds to wait for the store where the ranks meet.
+    """
+
+    def __init__(self, world: World, timeout: float) -> None:
         self.world = world
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=timeout), wait_for_workers=False)
-        self.store = dist.PrefixStore(f"/attempt/{attempt()}/watch", store)
+        self._root = connect(world, timedelta(seconds=timeout))
+        self.store = dist.PrefixStore(f"/attempt/{attempt()}/watch", self._root)
 
     def claim(self, failure: Failure) -> Failure:
         """Report a failure; the first one there was is returned."""
@@ -63,6 +67,21 @@ class Board:
     def first(self) -> Failure | None:
         """The first failure there was."""
         return Failure(**json.loads(self.store.get("failure"))) if self.store.check(["failure"]) else None
+
+    def superseded(self) -> bool:
+        """Whether another machine's launcher has begun a later attempt: it does not tell this machine's."""
+        newest = int(self._root.get("newest attempt")) if self._root.check(["newest attempt"]) else 0
+        if newest < attempt():
+            self._root.set("newest attempt", str(attempt()))
+        return newest > attempt()
+
+    def leave(self) -> int:
+        """Say that this rank knows how the attempt ends; returns how many do."""
+        return self.store.add("left", 1)
+
+    def left(self) -> int:
+        """How many ranks know how the attempt ends."""
+        return self.store.add("left", 0)
 
     def post(self, record: dict[str, Any]) -> None:
         """Say how this rank is."""
@@ -79,8 +98,8 @@ class Watch:
 
     Args:
         timeout: seconds without progress after which a rank hangs.
-        hung: is told of it, a sentence; then this process ends.
-        ended: is told of the first failure of another rank that this one does not end after by itself.
+        hung: is told of it, a sentence, and ends this process.
+        ended: is told of the first failure of another rank that this one does not end after by itself, and ends it.
     """
 
     def __init__(
@@ -88,15 +107,14 @@ class Watch:
         world: World,
         timeout: float,
         *,
-        hung: Callable[[str], None],
-        ended: Callable[[Failure], None],
+        hung: Callable[[str, Board], None],
+        ended: Callable[[Failure, Board], None],
     ) -> None:
-        self.board = Board(world)
         self.world = world
         self.timeout = timeout
         self._hung, self._ended = hung, ended
         self._beat = time.monotonic()
-        self._doing = "starting"
+        self._doing = "meeting the other ranks"
         self._patience = 2.0
         self._done = threading.Event()
         self._main = threading.main_thread().ident
@@ -117,17 +135,20 @@ class Watch:
     def _run(self) -> None:
         entered = COLLECTIVES.entered
         try:
+            board = Board(self.world, self.timeout * self._patience)
             while not self._done.wait(INTERVAL):
-                self.board.post(self._record())
-                failure = self.board.first()
+                board.post(self._record())
+                if board.superseded():
+                    self._ended(Failure(rank=self.world.rank, exit_code=EXIT_FAILURE, final=False), board)
+                failure = board.first()
                 if failure is not None and not self._done.wait(GRACE):
-                    self._ended(failure)
+                    self._ended(failure, board)
                 if COLLECTIVES.entered != entered:
                     entered, self._beat = COLLECTIVES.entered, time.monotonic()
                 if time.monotonic() - self._beat > self.timeout * self._patience:
-                    culprit = self._culprit()
+                    culprit = self._culprit(board)
                     if not self._done.is_set():
-                        self._hung(culprit)
+                        self._hung(culprit, board)
         except (dist.DistError, RuntimeError):  # the store is gone, and its process with it: the main thread finds out
             return
 
@@ -142,13 +163,13 @@ class Watch:
             "host": socket.gethostname(),
         }
 
-    def _culprit(self) -> str:
+    def _culprit(self, board: Board) -> str:
         """A sentence on the rank that the others wait for."""
-        before = self.board.records()
+        before = board.records()
         begun = time.monotonic()
         while time.monotonic() - begun < STALE and not self._done.wait(INTERVAL):
-            self.board.post(self._record())
-        now = self.board.records()
+            board.post(self._record())
+        now = board.records()
         missing = [rank for rank, record in enumerate(now) if record is None]
         if missing:
             return f"rank {missing[0]} never began, after {self.timeout:g} seconds"

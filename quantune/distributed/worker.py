@@ -17,21 +17,31 @@ from typing import TYPE_CHECKING
 import attrs
 
 from quantune.checkpoint.run_folder import Mode, RunFolder
-from quantune.distributed.environment import adopt_slurm, attempt, launched
+from quantune.distributed.environment import adopt_slurm, attempt, has_store, launched
 from quantune.distributed.outcome import LaunchFolder
 from quantune.distributed.stopping import BEFORE_THE_FIRST_STEP
 from quantune.errors import EXIT_FAILURE, DistributedError, InterruptedRun
 
 if TYPE_CHECKING:
     from quantune.distributed.watch import Board, Failure
+    from quantune.distributed.world import World
 
 DEFERENCE = 2.0
 """Seconds that other ranks leave to rank 0 to report what all of them found."""
 SECONDS_TO_HEAR = 5.0
 """How long a rank that lost another one waits to hear why."""
+SECONDS_TO_LEARN = 30.0
+"""How long rank 0 keeps the store for the others, which may be as late."""
+
+SECONDS_TO_MEET = 60.0
+"""How long a rank with something to say waits for rank 0, which may still be importing torch."""
 
 Speak = Callable[[str], object]
 """Tells the person, with something to put before it."""
+
+
+class LostRank(DistributedError):
+    """Another process is gone; it, or whoever started it, knows why."""
 
 
 @attrs.define
@@ -52,6 +62,11 @@ class Voice:
         print(
             f"--- attempt {attempt()}, process {os.getpid()}, {time.strftime('%F %T %z')}", file=sys.stderr, flush=True
         )
+
+    def note(self, text: str) -> None:
+        """Write to the log, if there is one."""
+        if self.terminal is not None:
+            print(text, file=sys.stderr, flush=True)
 
     def to_terminal(self) -> None:
         """Speak to the person again."""
@@ -87,23 +102,31 @@ def watching(timeout: float, describe: Callable[[str], None]) -> Iterator[Callab
 
     `describe` prints an error.
     """
-    from quantune.distributed.watch import Board, Failure, Watch
+    from quantune.distributed.watch import Failure, Watch
     from quantune.distributed.world import World
 
     world = World.from_environment()
 
-    def hung(sentence: str) -> None:
+    def hung(sentence: str, board: Board) -> None:
         mine = Failure(rank=world.rank, exit_code=EXIT_FAILURE, final=False)
-        if Board(world).claim(mine) == mine:
+        first = board.claim(mine)
+        if first == mine:
             VOICE.to_terminal()
             describe(sentence)
-        os._exit(EXIT_FAILURE)
+        ended(first, board)
 
-    def ended(failure: Failure) -> None:
-        os._exit(_settled(failure.exit_code, failure.final))
+    def ended(failure: Failure, board: Board) -> None:
+        exit_code = _settled(failure.exit_code, failure.final)
+        _leave(world, board)
+        os._exit(exit_code)
 
     with Watch(world, timeout, hung=hung, ended=ended) as watch:
-        yield watch.beat
+        try:
+            yield watch.beat
+        except RuntimeError as error:
+            if not _lost_a_rank(error):
+                raise
+            raise LostRank(f"the connection to another process of the run is gone: {error}") from error
 
 
 def end(error: BaseException, exit_code: int, speak: Speak) -> int:
@@ -120,22 +143,27 @@ def end(error: BaseException, exit_code: int, speak: Speak) -> int:
     from quantune.distributed.world import World
 
     world = World.from_environment()
-    final = not isinstance(error, DistributedError) and not _lost_a_peer(error)
+    lost = isinstance(error, LostRank)
+    mine = Failure(rank=world.rank, exit_code=exit_code, final=not isinstance(error, DistributedError))
+    board = first = None
     try:
-        board = Board(world, SECONDS_TO_HEAR)
-        first = _wait_for_first(board, SECONDS_TO_HEAR if not final else DEFERENCE if world.rank else 0.0)
-        if first is None and final:
-            first = board.claim(Failure(rank=world.rank, exit_code=exit_code, final=True))
-    except (dist.DistError, RuntimeError):  # the store is gone, with the launcher or rank 0
-        first = Failure(rank=world.rank, exit_code=exit_code, final=True) if final and world.main else None
-    if first is None:  # another process died: whoever started it knows more
-        return EXIT_FAILURE
-    if first.rank == world.rank and first.exit_code == exit_code:
+        board = Board(world, SECONDS_TO_HEAR if lost else SECONDS_TO_MEET)
+        first = _wait_for_first(board, SECONDS_TO_HEAR if lost else DEFERENCE if world.rank else 0.0)
+        if first is None and not lost:
+            first = board.claim(mine)
+    except (dist.DistError, RuntimeError):  # the store is gone, with the launcher or with rank 0, which has spoken
+        pass
+    if first == mine or (first is None and world.main and LaunchFolder.from_environment() is None):
         VOICE.to_terminal()
         speak(f"rank {world.rank}: " if world.rank else "")
-    elif VOICE.terminal is not None:  # into the log; the person has heard of the first one
-        print(f"ended after rank {first.rank}: {error!r}", file=sys.stderr, flush=True)
-    return _settled(first.exit_code, first.final)
+    else:  # quantune's launcher tells of processes that died
+        after = "another process died" if first is None else f"rank {first.rank} failed"
+        VOICE.note(f"ended because {after}: {error!r}")
+    ending = first or mine
+    exit_code = _settled(ending.exit_code, ending.final)
+    if board is not None:
+        _leave(world, board)
+    return exit_code
 
 
 @contextlib.contextmanager
@@ -171,11 +199,21 @@ def _wait_for_first(board: Board, seconds: float) -> Failure | None:
     return first
 
 
-def _lost_a_peer(error: BaseException) -> bool:
+def _leave(world: World, board: Board) -> None:
+    """End knowing why; rank 0 stays where it has the store that the others read that from, until they did."""
+    begun = time.monotonic()
+    try:
+        gone = board.leave()
+        while world.main and not has_store() and gone < world.size and time.monotonic() - begun < SECONDS_TO_LEARN:
+            time.sleep(0.1)
+            gone = board.left()
+    except RuntimeError:  # the store went first
+        return
+
+
+def _lost_a_rank(error: RuntimeError) -> bool:
     """Whether an error says that another process is gone, as torch's backends put it."""
     import torch.distributed as dist
 
     words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)

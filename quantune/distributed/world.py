@@ -6,6 +6,7 @@ Everything here also works in a process that is alone, without a process group.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -16,7 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from quantune.distributed.environment import attempt, launched
+from quantune.distributed.environment import attempt, has_store, launched, meeting_point
+from quantune.distributed.network import interface_towards
+from quantune.errors import DistributedError
 
 
 @attrs.define
@@ -101,14 +104,24 @@ def joined(
 
     Yields the mesh that a model is sharded over; None for a process that is alone, unless `alone` asks for a group of
     one.
+
+    Raises:
+        DistributedError: the other processes did not come.
     """
     if world.size == 1 and not alone:
         yield None
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(
-        backend, store=_store(world, timeout), rank=world.rank, world_size=world.size, timeout=timeout
-    )
+    if world.size > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_towards(meeting_point()[0])
+        if interface is not None:  # by itself gloo takes what the host's own name stands for, if it stands for anything
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
+    try:
+        dist.init_process_group(
+            backend, store=_store(world, timeout), rank=world.rank, world_size=world.size, timeout=timeout
+        )
+    except dist.DistError as error:
+        raise DistributedError(_not_met(world, timeout, error)) from error
     try:
         yield init_device_mesh(device.type, (world.size,))
         dist.barrier()  # one that is done early would close connections that others still use
@@ -117,9 +130,32 @@ def joined(
 
 
 def _store(world: World, timeout: timedelta) -> dist.Store:
-    """Where the processes find each other: at MASTER_ADDR, as torch's `env://`."""
+    """What the processes find each other through."""
     if world.size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
-    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
     # the store outlives an attempt, and the keys of processes that died in it
-    return dist.PrefixStore(f"/attempt/{attempt()}", store)
+    return dist.PrefixStore(f"/attempt/{attempt()}", connect(world, timeout))
+
+
+def connect(world: World, timeout: timedelta) -> dist.Store:
+    """A connection of its own to the store where the processes meet.
+
+    Rank 0 has the store, unless a launcher does, and keeps it until it ends: the others read there why the run did.
+    """
+    host, port = meeting_point()
+    if world.main and not has_store():
+        _hosted(host, port)
+    return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+
+
+@functools.cache
+def _hosted(host: str, port: int) -> dist.Store:
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
+
+
+def _not_met(world: World, timeout: timedelta, error: Exception) -> str:
+    host, port = meeting_point()
+    return (
+        f"expected {world.size} processes to meet at {host}:{port} within {timeout.total_seconds():.0f} seconds, they "
+        f"did not: {str(error).splitlines()[0]}"
+    )

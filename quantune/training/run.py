@@ -102,8 +102,8 @@ def train(
     patience = timedelta(seconds=LOADING_PATIENCE * seconds + 60)
     with (
         StopRequest(observer.warning).listening() as stop,
-        joined(world, device, patience, alone=recipe.distributed.cpu_offload) as mesh,
         contextlib.nullcontext(_unwatched) if watching is None or world.size == 1 else watching(seconds) as beat,
+        joined(world, device, patience, alone=recipe.distributed.cpu_offload) as mesh,
     ):
         return _train(
             recipe,
