@@ -75,6 +75,7 @@ def run(
         _train(checked, mode, trust_remote_code, as_json)
         return
 
+    quiet_libraries()
     from quantune.distributed.launch import Nodes, launch, local_processes
 
     machines = Nodes(count=nodes, rank=node_rank, rendezvous=rendezvous)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -144,8 +145,12 @@ def connect(world: World, timeout: timedelta) -> dist.Store:
     """
     host, port = meeting_point()
     if world.main and not has_store():
-        _hosted(host, port)
+        with _HOSTING:  # the watch connects as well, from its thread
+            _hosted(host, port)
     return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
+
+
+_HOSTING = threading.Lock()
 
 
 @functools.cache
