@@ -50,7 +50,7 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a LoRA adapter as a recipe says."""
-    if not worker.enter():
+    if not worker.enter(launches=nodes > 1 or rendezvous is not None):
         return
     if resume + resume_or_start + overwrite > 1:
         raise InputError("--resume, --resume-or-start and --overwrite are three different things; give one of them")

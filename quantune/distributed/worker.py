@@ -20,7 +20,7 @@ from quantune.checkpoint.run_folder import Mode, RunFolder
 from quantune.distributed.environment import adopt_slurm, attempt, has_store, launched
 from quantune.distributed.outcome import LaunchFolder
 from quantune.distributed.stopping import BEFORE_THE_FIRST_STEP
-from quantune.errors import EXIT_FAILURE, DistributedError, InterruptedRun
+from quantune.errors import EXIT_FAILURE, DistributedError, InputError, InterruptedRun
 
 if TYPE_CHECKING:
     from quantune.distributed.watch import Board, Failure
@@ -78,14 +78,24 @@ class Voice:
 VOICE = Voice()
 
 
-def enter() -> bool:
+def enter(*, launches: bool) -> bool:
     """Begin as a worker, if a launcher started this process; False if the run has ended and there is nothing to do.
 
+    Args:
+        launches: this process was told of machines, as a launcher is; then each of srun's tasks is one, not a worker.
+
     Raises:
+        InputError: so was a worker that another launcher than quantune's started.
         InterruptedRun: the launcher was asked to stop before this process could be told.
     """
-    adopt_slurm()
     folder = LaunchFolder.from_environment()
+    if not launches:
+        adopt_slurm()
+    elif launched() and folder is None:
+        raise InputError(
+            f"a launcher has started this process already, as one of {os.environ['WORLD_SIZE']}: leave out --nodes, "
+            "--node-rank and --rendezvous, or start quantune without it"
+        )
     if folder is None or not launched():
         return True
     if folder.outcome() is not None:

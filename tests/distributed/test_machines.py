@@ -12,7 +12,7 @@ from ranks import on_ranks
 from support import Silent
 
 from quantune.checkpoint.run_folder import RunFolder
-from quantune.recipe.load import load_recipe
+from quantune.cli.recipes import open_recipe
 from quantune.training.run import train
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
@@ -76,5 +76,5 @@ def test_a_worker_that_dies_on_one_machine_is_started_again_on_both(machines, tm
     assert (code, other) == (0, (0, "", ""))
     assert "a process died: started again, the first time" in err
     assert log(run, 1).count("--- attempt") == 2 and out.startswith("12 steps")
-    on_ranks(2, _train, load_recipe(path), tmp_path / "one machine")
+    on_ranks(2, _train, open_recipe(path, ()), tmp_path / "one machine")
     assert adapter(run) == adapter(tmp_path / "one machine")
