@@ -136,6 +136,7 @@ class Watch:
         entered = COLLECTIVES.entered
         try:
             board = Board(self.world, self.timeout * self._patience)
+            board.post(self._record())
             while not self._done.wait(INTERVAL):
                 board.post(self._record())
                 if board.superseded():

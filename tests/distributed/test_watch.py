@@ -75,6 +75,9 @@ def test_a_rank_that_the_others_wait_for_is_named_with_where_it_is():
 
 def _stop_rank_1(world, heard):
     if world.rank == 1:
+        board = Board(world, 10)
+        while board.records()[1] is None:
+            time.sleep(0.01)
         rank, pid = os.getpid(), os.fork()
         if not pid:  # wakes it up again, so that the test ends
             time.sleep(3)
@@ -191,7 +194,8 @@ def test_where_names_the_innermost_line_of_quantune_and_what_it_called():
         def write(self, text):
             places.append(watch.where(sys._getframe()))
 
-        flush = write
+        def flush(self):
+            pass
 
     voice, stderr = worker.Voice(terminal=2), sys.stderr
     try:
