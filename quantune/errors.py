@@ -7,8 +7,9 @@ QuantuneError                 the base: a sentence for the person who meets it, 
 │   ├── ModelError            a base model or adapter that can't be used, or targets that match nothing
 │   ├── BackendError          a backend that is unknown, or given wrong options
 │   │   └── MissingBackendError   a backend that can't run here: it lacks a package, a device, or is not installed (3)
-│   └── RunFolderError        a run folder that is finished, or not a run folder
-│       └── FolderInUseError  a run folder that another process uses (6)
+│   ├── RunFolderError        a run folder that is finished, or not a run folder
+│   │   └── FolderInUseError  a run folder that another process uses (6)
+│   └── ResumeError           a run that is resumed with another recipe, data or base than it was begun with
 ├── QuantizationError         a weight that can't be packed, or that should be packed and is not
 ├── NonFiniteError            a loss or gradient that is NaN or infinite (4)
 ├── CheckpointError           a checkpoint that is damaged, or can't be written (5)
@@ -141,6 +142,10 @@ class FolderInUseError(RunFolderError):
     """A run folder that another process uses."""
 
     exit_code = EXIT_IN_USE
+
+
+class ResumeError(InputError):
+    """A run that is resumed with another recipe, data or base than it was begun with."""
 
 
 class QuantizationError(QuantuneError):

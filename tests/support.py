@@ -6,6 +6,7 @@ import torch
 from transformers import AutoConfig
 
 from quantune.backends import registry
+from quantune.checkpoint.state import capture, write_state
 from quantune.model.base import Base
 from quantune.quantized import experts
 from quantune.recipe.schema import QuantizationConfig
@@ -16,6 +17,12 @@ class Silent:
 
     def __getattr__(self, name):
         return lambda *arguments: None
+
+
+def save_state(folder, *, parameters, optimizer, progress, identity=None):
+    """Capture a state and write it, as a process that is alone."""
+    progress, identity = dict(progress), identity or {}
+    write_state(folder, capture(parameters=parameters, optimizer=optimizer, progress=progress, identity=identity))
 
 
 def base_of(folder) -> Base:

@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 
 from quantune.checkpoint.commit import write_file_atomically
-from quantune.errors import RunFolderError
+from quantune.errors import QuantuneError, RunFolderError
 
 
 @attrs.frozen
@@ -19,9 +19,18 @@ class MetricsLog:
     path: Path
 
     def append(self, row: dict[str, Any]) -> None:
-        """Add a row; it is with the system, if not on the disk, when this returns."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        """Add a row; it is with the system, if not on the disk, when this returns.
+
+        Raises:
+            QuantuneError: the file can't be written.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise QuantuneError(
+                f"{self.path} can't be written: {error.strerror}. What is saved is untouched; put that right and resume"
+            ) from error
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows; a last line that a dying process left half-written is no row.

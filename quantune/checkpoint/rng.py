@@ -36,6 +36,14 @@ def restore_rng(saved: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(_decode(state), index)
 
 
+def seed_rng(*numbers: int) -> None:
+    """Begin every generator anew, as a function of `numbers`, none of them negative."""
+    first, second, third = (int(word) for word in np.random.SeedSequence(numbers).generate_state(3))
+    random.seed(first)
+    np.random.seed(second)
+    torch.manual_seed(third)
+
+
 def _encode(state: Tensor) -> str:
     return base64.b64encode(state.numpy().tobytes()).decode("ascii")
 

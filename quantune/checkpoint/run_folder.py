@@ -3,6 +3,7 @@
 recipe.toml     the recipe as it was resolved
 manifest.json   versions, hardware, hashes of base and data
 metrics.jsonl   one row a step and an evaluation
+history.jsonl   what every attempt did, see `quantune.checkpoint.history`
 checkpoints/    what the run resumes from
 adapter/        the result
 logs/           what ranks other than 0 said, a file each
@@ -26,6 +27,7 @@ from typing import Any, Literal
 import attrs
 
 from quantune.checkpoint.commit import TEMPORARY, write_file_atomically
+from quantune.checkpoint.history import History
 from quantune.checkpoint.metrics_log import MetricsLog
 from quantune.checkpoint.store import CheckpointStore
 from quantune.errors import FolderInUseError, RunFolderError
@@ -36,7 +38,8 @@ Mode = Literal["new", "resume", "overwrite"]
 State = Literal["running", "interrupted", "finished"]
 STATES = ("running", "interrupted", "finished")
 STATUS = "status.json"
-FILES = ("recipe.toml", "manifest.json", "metrics.jsonl", STATUS)
+HISTORY = "history.jsonl"
+FILES = ("recipe.toml", "manifest.json", "metrics.jsonl", HISTORY, STATUS)
 PACKED = "the packed weights"
 """What the manifest's fingerprints call that of the quantized base."""
 FOLDERS = ("checkpoints", "adapter", "adapter.replaced")
@@ -71,6 +74,11 @@ class RunFolder:
         """One row a step and an evaluation."""
         return MetricsLog(self.path / "metrics.jsonl")
 
+    @property
+    def history(self) -> History:
+        """What every attempt did."""
+        return History(self.path / HISTORY)
+
     def write_recipe(self, text: str) -> None:
         """Write the resolved recipe."""
         write_file_atomically(self.path / "recipe.toml", text)
@@ -103,6 +111,11 @@ class RunFolder:
         except OSError as error:
             raise RunFolderError(f"{self.path / STATUS} can't be read: {error.strerror}") from error
         return state if state in STATES else None
+
+    def unfinished(self) -> bool:
+        """Whether a run was begun here and is not finished; it may have saved nothing yet."""
+        state = self.state()
+        return state in ("running", "interrupted") or (state is None and bool(self.checkpoints.steps()))
 
     @classmethod
     @contextlib.contextmanager
@@ -143,10 +156,6 @@ class RunFolder:
         if mode == "resume":
             if state == "finished":
                 raise RunFolderError(f"the run in {self.path} is finished; --overwrite starts it again")
-            if not self.checkpoints.steps():
-                raise RunFolderError(
-                    f"there is nothing to resume: {self.path} holds no checkpoint. Leave out --resume to start"
-                )
             self._sweep()
         elif mode == "overwrite":
             return

@@ -2,14 +2,17 @@
 
 adapter_state.safetensors   the trained parameters, by name, at their training dtype
 optimizer.safetensors       the optimizer's tensors, as `<parameter name>/<key>`
-state.json                  the optimizer's other values and its groups, the random number generators, progress, and
-                            what must not have changed
+state.json                  the optimizer's other values and its groups, the random number generators of each rank,
+                            progress, and what makes the run the run it is
+
+Nothing of this but the generators depends on how many ranks there are: tensors are whole. Capturing gathers them, on
+all ranks together; writing is the business of one, and may take its time.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,17 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from quantune.checkpoint.fingerprint import differences
-from quantune.checkpoint.rng import capture_rng, restore_rng
+from quantune.checkpoint.rng import capture_rng, restore_rng, seed_rng
+from quantune.distributed.shares import gathered
+from quantune.distributed.world import World
 from quantune.errors import CheckpointError
 
 ADAPTER, OPTIMIZER, STATE = "adapter_state.safetensors", "optimizer.safetensors", "state.json"
 SHOWN = 3
-"""Names or differences that a refusal lists."""
+"""Names that a refusal lists."""
+ALONE = World()
 
 
 @attrs.frozen(kw_only=True)
@@ -51,97 +57,202 @@ class TrainingState:
     parameters: dict[str, Tensor]
     """What is trained, by name, at its training dtype."""
     optimizer: OptimizerState
-    rng: dict[str, Any]
-    """The random number generators, see `quantune.checkpoint.rng`."""
-    fingerprints: dict[str, Any]
-    """JSON values that must be the same when the run goes on."""
+    rng: list[dict[str, Any]]
+    """The random number generators of each rank, see `quantune.checkpoint.rng`."""
+    identity: dict[str, Any]
+    """What makes the run the run it is: JSON values, see `quantune.checkpoint.identity`."""
 
 
-def save_state(
-    folder: Path,
+def capture(
     *,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     progress: Mapping[str, Any],
-    fingerprints: Mapping[str, Any],
-) -> None:
-    """Write the state of a run between two steps, never inside gradient accumulation.
+    identity: Mapping[str, Any],
+    world: World = ALONE,
+) -> TrainingState | None:
+    """The state of a run between two steps, never inside gradient accumulation, on the CPU and apart from the run: what
+    trains on changes nothing of it. All ranks call this; rank 0 gets the state with everything whole, the others None.
 
     Args:
-        parameters: what is trained, by name; all that the optimizer has.
-        progress: JSON values, returned by `load_state`.
-        fingerprints: JSON values that must be the same when the run goes on.
+        parameters: what is trained, by name, whole or sharded; all that the optimizer has.
+        progress: JSON values.
+        identity: JSON values: what makes the run the run it is.
 
     Raises:
-        CheckpointError: the optimizer trains a parameter that has no name.
+        CheckpointError: the optimizer trains a parameter that has no name, or a rank failed; all of them raise it.
+    """
+    whole = _Whole(keep=world.main)
+    generators: dict[str, Any] = {}
+    state = None
+    try:
+        _groups(optimizer, parameters)
+        generators = capture_rng()
+    except Exception as error:  # whatever it is: the others are about to wait for this rank
+        whole.error = error
+    _agree(world, whole.error)
+    taken = {name: whole(parameter) for name, parameter in parameters.items()}
+    kept = _capture_optimizer(optimizer, parameters, whole)
+    _agree(world, whole.error)
+    rng = world.gather(generators)
+    if world.main:
+        state = TrainingState(
+            progress=dict(progress), parameters=taken, optimizer=kept, rng=rng, identity=dict(identity)
+        )
+    return state
+
+
+def write_state(folder: Path, state: TrainingState) -> None:
+    """Write a captured state; touches nothing of the run, so that a thread may do it while the run goes on.
+
+    Raises:
         TypeError: something is neither a tensor nor a JSON value.
     """
-    state = _capture_optimizer(optimizer, parameters)
-    save_file({name: parameter.detach().contiguous() for name, parameter in parameters.items()}, folder / ADAPTER)
-    save_file(state.tensors, folder / OPTIMIZER)
+    save_file(state.parameters, folder / ADAPTER)
+    save_file(state.optimizer.tensors, folder / OPTIMIZER)
     document = {
-        "progress": dict(progress),
-        "optimizer": {"kind": state.kind, "values": state.values, "groups": state.groups},
-        "rng": capture_rng(),
-        "fingerprints": dict(fingerprints),
+        "progress": state.progress,
+        "optimizer": {
+            "kind": state.optimizer.kind,
+            "values": state.optimizer.values,
+            "groups": state.optimizer.groups,
+        },
+        "rng": state.rng,
+        "identity": state.identity,
     }
     (folder / STATE).write_text(json.dumps(document), encoding="utf-8")
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """What the run that saved this state was made of.
+
+    Raises:
+        CheckpointError: the file is missing or is not what `write_state` writes.
+    """
+    try:
+        return dict(_read_document(folder)["identity"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder.name} is not a state that can be read: {error!r}") from error
 
 
 def read_state(folder: Path) -> TrainingState:
     """Read a saved state, its tensors on the CPU.
 
     Raises:
-        CheckpointError: a file of it is missing or is not what `save_state` writes.
+        CheckpointError: a file of it is missing or is not what `write_state` writes.
     """
     try:
-        document = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        document = _read_document(folder)
         return TrainingState(
             progress=document["progress"],
             parameters=load_file(folder / ADAPTER),
             optimizer=OptimizerState(tensors=load_file(folder / OPTIMIZER), **document["optimizer"]),
-            rng=document["rng"],
-            fingerprints=document["fingerprints"],
+            rng=list(document["rng"]),
+            identity=document["identity"],
         )
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder.name} is not a state that can be read: {error!r}") from error
 
 
-def load_state(
+def restore(
     folder: Path,
     *,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    fingerprints: Mapping[str, Any],
+    seed: int = 0,
+    world: World = ALONE,
 ) -> dict[str, Any]:
-    """Put a saved state back, in place, and return the progress it was saved with.
+    """Put a saved state back, in place, and return the progress it was saved with. Every rank calls this and takes its
+    own share; nothing but failures is communicated.
 
-    All is compared before anything is touched. The generators come last: building things draws from them.
+    All is compared before anything is touched. The generators come last: building things draws from them. Where the
+    state is that of another number of ranks, they begin anew, from `seed`, the step and the rank.
 
     Raises:
-        CheckpointError: something that must be the same has changed; or names, shapes, dtypes or the optimizer differ.
+        CheckpointError: names, shapes, dtypes or the optimizer differ, or a rank can't read the state; all raise it.
     """
-    state = read_state(folder)
-    _refuse_changes(folder.name, state, fingerprints)
-    _refuse_other_parameters(folder.name, state.parameters, parameters)
-    _refuse_other_optimizer(folder.name, state.optimizer, optimizer, parameters)
+    state, error = None, None
+    try:
+        state = read_state(folder)
+        _refuse_other_parameters(folder.name, state.parameters, parameters)
+        _refuse_other_optimizer(folder.name, state.optimizer, optimizer, parameters)
+    except CheckpointError as refused:
+        error = refused
+    _agree(world, error)
+    assert state is not None
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(state.parameters[name])
+            _local(parameter).copy_(_local(_share(state.parameters[name], parameter)))
     _restore_optimizer(state.optimizer, optimizer, parameters)
-    restore_rng(state.rng)
+    if len(state.rng) == world.size:
+        restore_rng(state.rng[world.rank])
+    else:
+        seed_rng(seed, int(state.progress["step"]), world.rank)
     return state.progress
 
 
-def _capture_optimizer(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> OptimizerState:
+@attrs.define
+class _Whole:
+    """Gathers tensors one after the other. What fails is kept until all ranks have taken part in all of them."""
+
+    keep: bool
+    """Whether this rank keeps what is gathered."""
+    error: Exception | None = None
+    """The first failure on this rank."""
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The whole of a tensor that may be sharded, on the CPU and apart from it; something empty where it is not
+        kept."""
+        found = gathered(tensor.detach())
+        if self.keep and self.error is None:
+            try:
+                return found.to("cpu", copy=True, memory_format=torch.contiguous_format)
+            except RuntimeError as error:  # out of memory
+                self.error = error
+        return torch.empty(0)
+
+
+def _agree(world: World, error: Exception | None) -> None:
+    """Raise on all ranks what failed on one of them."""
+    reasons = world.gather(None if error is None else str(error) or repr(error))
+    rank, reason = next(((rank, reason) for rank, reason in enumerate(reasons) if reason is not None), (0, None))
+    if reason is None:
+        return
+    if world.size == 1 and isinstance(error, CheckpointError):
+        raise error
+    where = f"rank {rank}: " if world.size > 1 else ""
+    raise CheckpointError(f"{where}{reason}") from error
+
+
+def _read_document(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _share(whole: Tensor, like: Tensor) -> Tensor:
+    """A copy of `whole`, or of this rank's share of it where `like` is sharded; nothing is communicated."""
+    if not isinstance(like, DTensor):
+        return whole.clone()  # what was read may be a mapped file
+    place = _local(like).device
+    share = _local(distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)).to(place, copy=True)
+    return DTensor.from_local(
+        share, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def _capture_optimizer(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], whole: Callable[[Tensor], Tensor]
+) -> OptimizerState:
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
     groups = _groups(optimizer, parameters)
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                # cloned: 8-bit optimizers share code books between parameters, which safetensors refuses
-                tensors[f"{name}/{key}"] = value.detach().clone(memory_format=torch.contiguous_format)
+                tensors[f"{name}/{key}"] = whole(value)  # code books that parameters share become one for each
             else:
                 values.setdefault(name, {})[key] = value
     return OptimizerState(kind=type(optimizer).__name__, tensors=tensors, values=values, groups=groups)
@@ -153,17 +264,16 @@ def _restore_optimizer(
     entries: dict[str, dict[str, Any]] = {name: dict(values) for name, values in state.values.items()}
     for path, tensor in state.tensors.items():
         name, key = path.rsplit("/", 1)
-        entries.setdefault(name, {})[key] = tensor.clone()  # what was read may be a mapped file
+        parameter = parameters[name]
+        as_parameter = tensor.shape == parameter.shape  # not so the number of steps
+        entries.setdefault(name, {})[key] = _share(tensor, parameter) if as_parameter else tensor.clone()
     current_groups = _groups(optimizer, parameters)
     order = [name for group in current_groups for name in group["params"]]
     index_of = {name: index for index, name in enumerate(order)}
     groups = []
     for saved, built in zip(state.groups, current_groups, strict=True):
-        group = {**saved, "params": [index_of[name] for name in built["params"]]}
-        for option, value in built.items():  # JSON has no tuples
-            if isinstance(value, tuple) and isinstance(group.get(option), list):
-                group[option] = tuple(group[option])
-        groups.append(group)
+        # options are the recipe's, which may have changed; what the optimizer itself noted beside them comes back
+        groups.append({**saved, **built, "params": [index_of[name] for name in built["params"]]})
     optimizer.load_state_dict({"state": {index_of[name]: entries[name] for name in entries}, "param_groups": groups})
     for name, saved_entries in entries.items():
         current = optimizer.state[parameters[name]]
@@ -182,18 +292,6 @@ def _groups(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parame
             raise CheckpointError("the optimizer trains a parameter that is not among the parameters to save")
         groups.append({**group, "params": [name_of[id(parameter)] for parameter in group["params"]]})
     return groups
-
-
-def _refuse_changes(checkpoint: str, state: TrainingState, fingerprints: Mapping[str, Any]) -> None:
-    now = json.loads(json.dumps(dict(fingerprints)))  # as it would be read back: lists for tuples
-    before = state.fingerprints
-    changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if changed:
-        details = differences(*({key: side[key] for key in changed if key in side} for side in (before, now)))
-        raise CheckpointError(
-            f"{checkpoint} can't be resumed, the run would not be the same: {', '.join(changed)} changed since it was "
-            f"written ({_some(details)}). Put it back, or start again with --overwrite"
-        )
 
 
 def _refuse_other_parameters(

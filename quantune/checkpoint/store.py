@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 
 import attrs
@@ -45,14 +46,17 @@ class CheckpointStore:
 
     def latest_verified(self, report: Callable[[str], None]) -> Path | None:
         """The latest checkpoint that is whole; `report` hears of every damaged one passed over, and why."""
-        for step in reversed(self.steps()):
-            for path in self._folders(step):
-                try:
-                    verify(path)
-                except CheckpointError as error:
-                    report(f"{error}; falling back to the checkpoint before it")
+        folders = [path for step in reversed(self.steps()) for path in self._folders(step)]
+        for path, before in zip_longest(folders, folders[1:]):
+            try:
+                verify(path)
+            except CheckpointError as error:
+                if before is None:
+                    report(f"{error}; there is no checkpoint before it")
                 else:
-                    return path
+                    report(f"{error}; falling back to {before.name}, what was done after it is done again")
+            else:
+                return path
         return None
 
     def prune(self, keep: int) -> None:

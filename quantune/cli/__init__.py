@@ -11,7 +11,7 @@ import typer
 
 import quantune
 import quantune.errors
-from quantune.cli import backends, check, explain, generate, init, migrate, run, schema
+from quantune.cli import backends, check, explain, generate, history, init, migrate, run, schema
 from quantune.cli.console import err, fail, report_bug
 from quantune.distributed import worker
 
@@ -30,6 +30,7 @@ app.command("explain")(explain.explain)
 app.command("init")(init.init)
 app.command("schema")(schema.schema)
 app.command("generate")(generate.generate)
+app.command("history")(history.history)
 app.command("migrate")(migrate.migrate)
 app.add_typer(backends.app, name="backends")
 

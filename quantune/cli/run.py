@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from quantune.cli.recipes import open_recipe
 from quantune.distributed import worker
 from quantune.distributed.environment import attempt, launched
 from quantune.errors import EXIT_ABORTED, DistributedError, InputError
+from quantune.recipe.changes import require_allowable
 
 if TYPE_CHECKING:
     from quantune.checkpoint.run_folder import Mode
@@ -34,6 +36,14 @@ def run(
             help="Go on with a run, or start it where none is: for launchers that repeat the same command.",
         ),
     ] = False,
+    allow_changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-change",
+            metavar="SECTION.KEY",
+            help="With --resume: go on although this key of the recipe changed.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again where a run already is.")] = False,
     processes: Annotated[
         str | None,
@@ -54,6 +64,9 @@ def run(
         return
     if resume + resume_or_start + overwrite > 1:
         raise InputError("--resume, --resume-or-start and --overwrite are three different things; give one of them")
+    if allow_changes and not (resume or resume_or_start):
+        raise InputError("--allow-change goes with --resume: a run that starts has nothing to differ from")
+    require_allowable(allow_changes or ())
     if processes is not None:
         overrides = [
             *(overrides or ()),
@@ -70,9 +83,9 @@ def run(
         if finished:
             out.print(f"the run in {path} is finished already")
             return
-        mode = "resume" if RunFolder(path).checkpoints.steps() else "overwrite"
+        mode = "resume" if RunFolder(path).unfinished() else "overwrite"
     if launched():
-        _train(checked, mode, trust_remote_code, as_json)
+        _train(checked, mode, allow_changes or (), trust_remote_code, as_json)
         return
 
     quiet_libraries()
@@ -81,7 +94,7 @@ def run(
     machines = Nodes(count=nodes, rank=node_rank, rendezvous=rendezvous)
     count = local_processes(checked.distributed, checked.training.device)
     if count * machines.count == 1:
-        _train(checked, mode, trust_remote_code, as_json)
+        _train(checked, mode, allow_changes or (), trust_remote_code, as_json)
         return
     with RunFolder.open(path, mode):
         pass  # what is refused is refused before anything is started
@@ -91,13 +104,13 @@ def run(
     raise typer.Exit(code)
 
 
-def _train(checked: Recipe, mode: Mode, trust_remote_code: bool, as_json: bool) -> None:
+def _train(checked: Recipe, mode: Mode, allow_changes: Sequence[str], trust_remote_code: bool, as_json: bool) -> None:
     """Train in this process, alone or as one of several."""
     from quantune.checkpoint.run_folder import RunFolder
 
     path = Path(checked.output.dir)
-    if attempt():  # started again after a process died
-        mode = "resume" if RunFolder(path).checkpoints.steps() else "overwrite"
+    if attempt() and RunFolder(path).unfinished():  # started again after a process died
+        mode = "resume"
     with worker.run_folder(path, mode) as folder, ConsoleObserver(checked) as observer:
         observer.phase("importing torch and transformers")
         quiet_libraries()
@@ -118,6 +131,7 @@ def _train(checked: Recipe, mode: Mode, trust_remote_code: bool, as_json: bool) 
             observer,
             world=world,
             resume=mode == "resume",
+            allow_changes=allow_changes,
             allow_remote_code=trust_remote_code,
             watching=lambda timeout: worker.watching(timeout, lambda text: fail_with(DistributedError(text))),
         )

@@ -76,7 +76,7 @@ class Progress:
 class Hooks:
     """What the loop calls between steps."""
 
-    record: Callable[[StepMetrics], None]
+    record: Callable[[StepResult], None]
     """After every step."""
     evaluate: Callable[[int], bool]
     """After a step at which an evaluation is due; True when it was asked to stop in it."""
@@ -104,7 +104,7 @@ def fit(job: Job, progress: Progress, hooks: Hooks, observer: Observer, stop: St
         progress.step += 1
         progress.tokens += done.metrics.tokens
         progress.target_tokens += done.metrics.target_tokens
-        hooks.record(done.metrics)
+        hooks.record(done)
         observer.step(done.metrics)
         last = progress.step == job.total_steps
         stopping = done.stop
@@ -130,6 +130,10 @@ class StepResult:
     """A step, and what the ranks agreed on at its end."""
 
     metrics: StepMetrics
+    indices: Sequence[int]
+    """The samples of the step, over all ranks, in the order of the data."""
+    samples: Sequence[Sample]
+    """The same, in the order they were dealt out."""
     stop: bool
     """A rank was asked to stop."""
     save_failed: bool
@@ -145,7 +149,8 @@ def train_step(job: Job, step: int, *, asked: bool = False, failed: bool = False
     """
     begun = time.perf_counter()
     config = job.recipe.training
-    samples = step_samples(job, step)
+    indices = drawn(job, step)
+    samples = step_samples(job, indices)
     targets = sum(int(sample.is_target.sum()) for sample in samples)
     micro_batches = _split(samples, job.micro_batch_size)
     rounds = math.ceil(len(micro_batches) / job.world.size)
@@ -200,7 +205,9 @@ def train_step(job: Job, step: int, *, asked: bool = False, failed: bool = False
     asked_anywhere, failed_anywhere = (
         any(flags) for flags in zip(*((s.asked, s.failed) for s in by_rank), strict=True)
     )
-    return StepResult(metrics=metrics, stop=asked_anywhere, save_failed=failed_anywhere)
+    return StepResult(
+        metrics=metrics, indices=indices, samples=samples, stop=asked_anywhere, save_failed=failed_anywhere
+    )
 
 
 class Share(NamedTuple):
@@ -242,11 +249,16 @@ def clip(parameters: Iterable[nn.Parameter], most: float) -> float:
     return float(norm)
 
 
-def step_samples(job: Job, step: int) -> list[Sample]:
+def drawn(job: Job, step: int) -> list[int]:
+    """The indices of the samples of one optimizer step."""
+    training = job.recipe.training
+    count = len(job.dataset.samples)
+    return step_indices(step, training.batch_size, count, training.seed, job.recipe.data.shuffle)
+
+
+def step_samples(job: Job, indices: Sequence[int]) -> list[Sample]:
     """The samples of one optimizer step, longest first so that micro-batches hold little padding."""
     samples = job.dataset.samples
-    training = job.recipe.training
-    indices = step_indices(step, training.batch_size, len(samples), training.seed, job.recipe.data.shuffle)
     return sorted((samples[index] for index in indices), key=lambda sample: -len(sample.input_ids))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,22 @@ import attrs
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 
 from quantune.checkpoint.commit import write_committed
 from quantune.checkpoint.fingerprint import environment, hash_files
+from quantune.checkpoint.history import digest
+from quantune.checkpoint.identity import Identity
 from quantune.checkpoint.run_folder import PACKED, RunFolder
-from quantune.checkpoint.state import load_state, save_state
-from quantune.data.dataset import Dataset
+from quantune.checkpoint.saver import Saver
+from quantune.checkpoint.state import TrainingState, capture
 from quantune.data.prepare import prepare
 from quantune.distributed.sharding import Root, shard
 from quantune.distributed.shares import Shares
 from quantune.distributed.stopping import StopRequest
 from quantune.distributed.world import World, joined
-from quantune.errors import CheckpointError, InputError, InterruptedRun
+from quantune.errors import InputError, InterruptedRun
 from quantune.model import adapter, targets
 from quantune.model.activations import offloading, recompute_blocks
 from quantune.model.base import Base, open_base, require_attention, skeleton
@@ -39,21 +40,20 @@ from quantune.model.load import check_plan, load_model, module_table, packed_fin
 from quantune.model.quantizer import quantizable_experts
 from quantune.model.start import check_start, load_start
 from quantune.model.vocabulary import Additions
-from quantune.recipe.resolve import to_dict, to_toml
+from quantune.recipe.resolve import to_toml
 from quantune.recipe.schema import Recipe
 from quantune.training.evaluate import Stopped, evaluate
-from quantune.training.loop import Hooks, Job, Progress, evaluation_due, fit
+from quantune.training.loop import Hooks, Job, Progress, StepResult, evaluation_due, fit
 from quantune.training.loss import Loss, build_loss
 from quantune.training.memory import measure_peak
-from quantune.training.observer import EvaluationResult, ModelSummary, Observer, StepMetrics
-from quantune.training.optimizer import build_optimizer, page_state, require_optimizer
+from quantune.training.observer import EvaluationResult, ModelSummary, Observer
+from quantune.training.optimizer import build_optimizer, require_optimizer
 from quantune.training.packed_rows import RowLayout, layout_for
 from quantune.training.resolve import idle_processes, resolve, without_effect
+from quantune.training.resuming import begin_attempt, identify, open_checkpoint, put_back, require_same_run
 
-UNCHANGEABLE = ("model", "quantization", "adapter", "training")
-"""Sections that must be the same when a run is resumed; the data is compared by its tokens."""
-ORDER_AND_SHAPES = ("shuffle", "packing", "pad_to_max_length")
-"""Keys of `[data]` that change the run and not the tokens."""
+SHARED = ("model", "quantization", "adapter", "training")
+"""Sections that are the same for every process; the data is compared by its tokens."""
 ALONE = World()
 LOADING_PATIENCE = 2.0
 """How many timeouts a rank may take for what comes before training."""
@@ -82,6 +82,7 @@ def train(
     *,
     world: World = ALONE,
     resume: bool = False,
+    allow_changes: Collection[str] = (),
     allow_remote_code: bool = False,
     watching: Watching | None = None,
 ) -> RunResult:
@@ -90,8 +91,13 @@ def train(
     All of them call this with the same arguments; the folder is written by rank 0 alone. With `watching`, which is
     given the seconds that a rank may take, they watch each other.
 
+    Args:
+        resume: go on from the latest checkpoint, or begin again where none was committed.
+        allow_changes: keys of the recipe that may be others than the run was begun with, e.g. `training.max_steps`.
+
     Raises:
-        InputError: the recipe, base, data or targets can't be used; found before any weight is loaded.
+        InputError: the recipe, base, data or targets can't be used, or are not those that the run was begun with; found
+            before any weight is loaded.
         QuantuneError: see `quantune.errors`.
     """
     if isinstance(recipe.distributed.threads, int):
@@ -115,6 +121,7 @@ def train(
             mesh,
             device,
             resume=resume,
+            allow_changes=allow_changes,
             allow_remote_code=allow_remote_code,
         )
 
@@ -134,6 +141,7 @@ def _train(
     device: torch.device,
     *,
     resume: bool,
+    allow_changes: Collection[str],
     allow_remote_code: bool,
 ) -> RunResult:
     begun = time.perf_counter()
@@ -142,6 +150,7 @@ def _train(
         observer.phase(text)
         beat(text, LOADING_PATIENCE)
 
+    written = recipe
     if recipe.training.compile:
         require_compiler(device)
     require_optimizer(recipe.training, device, world.size)
@@ -149,13 +158,17 @@ def _train(
     for sentence in without_effect(recipe, device):
         observer.warning(sentence)
 
+    checkpoint = open_checkpoint(folder, observer, world) if resume else None
+    if resume and checkpoint is None:
+        observer.warning("the run stopped before its first checkpoint was committed; it begins again")
+
     phase("opening the base")
     base = open_base(recipe.model, recipe.quantization, allow_remote_code=allow_remote_code)
     recipe = attrs.evolve(recipe, quantization=base.quantization)
     meta = skeleton(base)
     _check_model(recipe, base, meta, device, observer)
-    start = None if recipe.adapter.start_from is None or resume else Path(recipe.adapter.start_from)
-    if start is not None:  # a resumed run has the weights of its checkpoint
+    start = None if recipe.adapter.start_from is None or checkpoint is not None else Path(recipe.adapter.start_from)
+    if start is not None:  # a run that goes on has the weights of its checkpoint
         _check_start(start, folder, recipe, base)
     embedding: Any = meta.get_input_embeddings()
 
@@ -177,10 +190,10 @@ def _train(
     idle = idle_processes(recipe.training, world)
     if idle is not None:
         observer.warning(idle)
-    fingerprints = _fingerprints(recipe, base, dataset)
-    if recipe.data.eval_size is not None and held_out is not None:
-        fingerprints["the tokens of the held-out data"] = held_out.fingerprint()
-    _require_same(fingerprints, world)
+    identity = identify(written, recipe, base, data, device, world)
+    _require_same(identity, world)
+    if checkpoint is not None:
+        identity = require_same_run(checkpoint, identity, allow_changes, observer)
 
     phase("loading the base")
     split = adapter.build_initialization(meta, recipe.adapter, seed=recipe.training.seed)
@@ -211,32 +224,41 @@ def _train(
     parameters = adapter.trainable_parameters(model)
     optimizer = build_optimizer(parameters, recipe.training)
 
-    fingerprints[PACKED] = packed
+    prints = {**identity.fingerprints, PACKED: packed}
     if recipe.adapter.start_from is not None:
         begun_with = Path(recipe.adapter.start_from)
-        gone = resume and not begun_with.is_dir()
-        fingerprints[START] = folder.fingerprints().get(START) if gone else hash_files(begun_with.glob("adapter_*"))
+        if checkpoint is not None and not begun_with.is_dir():
+            prints[START] = checkpoint.identity.fingerprints.get(START)
+        else:
+            prints[START] = hash_files(begun_with.glob("adapter_*"))
     if split is not None:
-        fingerprints["the weights that the adapter's share was taken out of"] = dict(
-            sorted(split.dense_digests.items())
-        )
+        prints["the weights that the adapter's share was taken out of"] = dict(sorted(split.dense_digests.items()))
+    identity = attrs.evolve(identity, fingerprints=prints)
     progress = Progress()
-    if resume:
-        progress = _restore(folder, parameters, optimizer, fingerprints, observer)
-    elif world.main:
-        folder.clear()
+    if checkpoint is not None:
+        phase(f"resuming from {checkpoint.path.name}")
+        seed = recipe.training.seed
+        progress = put_back(checkpoint, identity, parameters, optimizer, seed=seed, world=world)
     if world.main:
+        if resume:
+            folder.metrics.truncate_after(progress.step)
+        else:
+            folder.clear()
         folder.write_recipe(to_toml(recipe))
         counts = {part: attrs.asdict(read.counts) for part, read in (("train", dataset), ("eval", held_out)) if read}
-        folder.write_manifest({**environment(), "device": summary.device, "data": counts, "fingerprints": fingerprints})
+        folder.write_manifest({**environment(), "device": summary.device, "data": counts, "fingerprints": prints})
         folder.write_status("running", progress.step)
+        begin_attempt(folder, checkpoint, progress, recipe, len(dataset.samples), world)
 
     evaluations: list[EvaluationResult] = []
+    history = folder.history
 
-    def record(metrics: StepMetrics) -> None:
-        beat(f"training, after step {metrics.step}", 1.0)
+    def record(done: StepResult) -> None:
+        beat(f"training, after step {done.metrics.step}", 1.0)
         if world.main:
-            folder.metrics.append({"event": "step", **attrs.asdict(metrics)})
+            tokens = ((sample.input_ids, sample.is_target) for sample in done.samples)
+            history.append("step", step=done.metrics.step, samples=list(done.indices), digest=digest(tokens))
+            folder.metrics.append({"event": "step", **attrs.asdict(done.metrics)})
 
     def run_evaluation(step: int) -> bool:
         if held_out is None:
@@ -261,25 +283,39 @@ def _train(
             return True
         if world.main:
             folder.metrics.append({"event": "evaluation", **attrs.asdict(result)})
+            history.append("evaluation", step=step)
         evaluations.append(result)
         observer.evaluation(result)
         return False
 
-    def save(progress: Progress) -> None:
-        if world.size > 1:
-            return  # TODO(state)
-        folder.checkpoints.save(
-            progress.step,
-            lambda path: save_state(
-                path,
-                parameters=parameters,
-                optimizer=optimizer,
-                progress=attrs.asdict(progress),
-                fingerprints=fingerprints,
-            ),
+    def committed(step: int) -> None:
+        history.append("checkpoint", step=step)
+        observer.checkpoint(step)
+
+    saver = Saver(
+        store=folder.checkpoints,
+        keep=recipe.checkpoint.keep,
+        prepare=history.flush,
+        committed=committed,
+        lost=observer.warning,
+        world=world,
+    )
+
+    def take() -> TrainingState | None:
+        state = capture(
+            parameters=parameters,
+            optimizer=optimizer,
+            progress=attrs.asdict(progress),
+            identity=identity.to_json(),
+            world=world,
         )
-        folder.checkpoints.prune(recipe.checkpoint.keep)
-        observer.checkpoint(progress.step)
+        if world.main:
+            history.append("saving", step=progress.step)
+        return state
+
+    def save(progress: Progress) -> None:
+        beat(f"saving after step {progress.step}", 1.0)
+        saver.save(progress.step, take)
 
     assert recipe.training.max_steps is not None and recipe.training.warmup_steps is not None
     assert isinstance(recipe.training.micro_batch_size, int)
@@ -299,23 +335,25 @@ def _train(
         pad_to=pad_to,
         layout=layout,
     )
+    hooks = Hooks(record=record, evaluate=run_evaluation, save=save, failed=saver.failed, settle=saver.finish)
     stop.training = True
     beat("training its first step", LOADING_PATIENCE)
-    with tf32(recipe.training.tf32):
+    with saver, tf32(recipe.training.tf32):
         due = evaluation_due(recipe.evaluation, progress.step, job.total_steps)
         stopped = False
         if due and not world.broadcast(world.main and _evaluated(folder, progress.step)):
             stopped = run_evaluation(progress.step)  # a run that is asked to stop does not wait for it
-        finished = not stopped and fit(
-            job, progress, Hooks(record=record, evaluate=run_evaluation, save=save), observer, stop
-        )
+        finished = not stopped and fit(job, progress, hooks, observer, stop)
+        saver.finish()
         if not finished:
             if world.main:
+                history.append("interrupted", step=progress.step)
                 folder.write_status("interrupted", progress.step)
             raise InterruptedRun(f"stopped after step {progress.step} and saved; --resume goes on from there")
     _publish_adapter(model, base, folder, world)
     if world.main:
         folder.write_status("finished", progress.step)
+        history.append("finished", step=progress.step)
     return RunResult(
         folder=folder.path,
         adapter=folder.adapter,
@@ -354,9 +392,12 @@ def _check_start(start: Path, folder: RunFolder, recipe: Recipe, base: Base) -> 
     check_start(start, skeleton(base), recipe.adapter, added)
 
 
-def _require_same(fingerprints: dict[str, Any], world: World) -> None:
+def _require_same(identity: Identity, world: World) -> None:
     """Require that every process reads the same recipe, base and data."""
-    hosts = world.gather((socket.gethostname(), fingerprints))
+    recipe = identity.resolved
+    parts = {**identity.fingerprints, **{f"[{section}]": recipe.get(section) for section in SHARED}}
+    parts["[data]"] = {key: value for key, value in recipe["data"].items() if key not in ("train", "eval")}
+    hosts = world.gather((socket.gethostname(), parts))
     first_host, first = hosts[0]
     for rank, (host, others) in enumerate(hosts):
         differing = [key for key in first if others.get(key) != first[key]]
@@ -403,38 +444,6 @@ def _load(
         seconds=time.perf_counter() - begun,
     )
     return peft_model, summary, packed
-
-
-def _fingerprints(recipe: Recipe, base: Base, dataset: Dataset) -> dict[str, Any]:
-    """What a resumed run must share with the run that wrote the checkpoint."""
-    document = to_dict(recipe)
-    prints: dict[str, Any] = {f"[{section}]": document.get(section) for section in UNCHANGEABLE}
-    prints["[data]"] = {key: document["data"][key] for key in ORDER_AND_SHAPES}
-    if recipe.data.pad_to_max_length:
-        prints["[data]"]["max_length"] = recipe.data.max_length
-    prints["the tokens of the training data"] = dataset.fingerprint()
-    if base.folder is not None:
-        prints["the files of the base"] = hash_files(base.folder.glob("*.safetensors"))
-    else:
-        prints["the revision of the base"] = getattr(base.config, "_commit_hash", None)
-    return prints
-
-
-def _restore(
-    folder: RunFolder,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    fingerprints: dict[str, Any],
-    observer: Observer,
-) -> Progress:
-    checkpoint = folder.checkpoints.latest_verified(observer.warning)
-    if checkpoint is None:
-        raise CheckpointError(f"no checkpoint in {folder.path} is whole; --overwrite starts the run again")
-    observer.phase(f"resuming from {checkpoint.name}")
-    progress = Progress(**load_state(checkpoint, parameters=parameters, optimizer=optimizer, fingerprints=fingerprints))
-    page_state(optimizer)
-    folder.metrics.truncate_after(progress.step)
-    return progress
 
 
 def _evaluated(folder: RunFolder, step: int) -> bool:

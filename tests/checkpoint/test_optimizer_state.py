@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from support import save_state
 from torch import nn
 
-from quantune.checkpoint.state import load_state, read_state, save_state
+from quantune.checkpoint.state import read_state, restore
 from quantune.errors import CheckpointError
 
 
@@ -49,11 +50,11 @@ def train(parameters, optimizer, count):
 
 
 def save(folder, parameters, optimizer):
-    save_state(folder, parameters=parameters, optimizer=optimizer, progress={"step": 1, "best": None}, fingerprints={})
+    save_state(folder, parameters=parameters, optimizer=optimizer, progress={"step": 1, "best": None})
 
 
 def load(folder, parameters, optimizer):
-    return load_state(folder, parameters=parameters, optimizer=optimizer, fingerprints={})
+    return restore(folder, parameters=parameters, optimizer=optimizer)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -84,14 +85,16 @@ def test_a_restored_optimizer_does_not_write_into_the_checkpoint(tmp_path):
     assert (tmp_path / "optimizer.safetensors").read_bytes() == before
 
 
-def test_the_options_of_the_groups_come_back(tmp_path):
+def test_the_options_of_the_groups_are_those_of_the_recipe_now(tmp_path):
     parameters, optimizer = build()
-    optimizer.param_groups[0]["lr"] = 0.125
+    optimizer.param_groups[0]["noted"] = 0.125  # by the optimizer itself
     save(tmp_path, parameters, optimizer)
-    others, other = build()
+    others, _ = build()
+    other = torch.optim.AdamW(list(others.values()), lr=0.5, betas=(0.5, 0.6))
     load(tmp_path, others, other)
-    assert other.param_groups[0]["lr"] == 0.125
-    assert other.param_groups[0]["betas"] == (0.9, 0.999)
+    assert other.param_groups[0]["lr"] == 0.5
+    assert other.param_groups[0]["betas"] == (0.5, 0.6)
+    assert other.param_groups[0]["noted"] == 0.125
     assert other.param_groups[0]["params"][0] is others["a/b"]
 
 

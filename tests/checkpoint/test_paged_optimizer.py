@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from support import save_state
 from torch import nn
 
-from quantune.checkpoint.state import load_state, save_state
+from quantune.checkpoint.state import restore
 from quantune.recipe.schema import TrainingConfig
 from quantune.training.optimizer import build_optimizer, page_state
 
@@ -34,11 +35,11 @@ def steps(parameters, optimizer, count, seed):
 def test_a_paged_optimizer_goes_on_with_the_same_bits(tmp_path, name, device):
     parameters, optimizer = build(name, device)
     steps(parameters, optimizer, 3, seed=1)
-    save_state(tmp_path, parameters=parameters, optimizer=optimizer, progress={}, fingerprints={})
+    save_state(tmp_path, parameters=parameters, optimizer=optimizer, progress={})
     steps(parameters, optimizer, 3, seed=2)
 
     others, other = build(name, device, seed=9)
-    load_state(tmp_path, parameters=others, optimizer=other, fingerprints={})
+    restore(tmp_path, parameters=others, optimizer=other)
     page_state(other)
     paged = {key: getattr(other.state[parameter]["state1"], "is_paged", False) for key, parameter in others.items()}
     assert paged == {"small": False, "large": device == "cuda"}

@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from quantune.checkpoint.run_folder import RunFolder
-from quantune.errors import RunFolderError
+from quantune.errors import EXIT_IN_USE, RunFolderError
 
 
 def fill(folder, state, checkpoint=True):
@@ -18,10 +18,10 @@ def fill(folder, state, checkpoint=True):
         run.write_status(state, 3)
 
 
-def refusal(folder, mode):
+def refusal(folder, mode, exit_code=2):
     with pytest.raises(RunFolderError) as caught, RunFolder.open(folder, mode):
         pass
-    assert caught.value.exit_code == 2
+    assert caught.value.exit_code == exit_code
     return str(caught.value)
 
 
@@ -40,7 +40,8 @@ def test_an_unfinished_run_is_resumed_or_overwritten_on_purpose(tmp_path):
 
 def test_a_run_that_died_before_its_first_checkpoint_is_simply_run_again(tmp_path):
     fill(tmp_path / "run", "running", checkpoint=False)
-    assert "holds no checkpoint" in refusal(tmp_path / "run", "resume")
+    with RunFolder.open(tmp_path / "run", "resume") as run:
+        assert run.checkpoints.steps() == []
     with RunFolder.open(tmp_path / "run", "new") as run:
         run.clear()
         assert run.state() is None
@@ -123,7 +124,7 @@ def test_a_folder_in_use_names_who_uses_it(tmp_path):
             signal.pause()
     os.read(ready, 1)
     try:
-        assert f"is in use by process {child} on " in refusal(tmp_path / "run", "overwrite")
+        assert f"is in use by process {child} on " in refusal(tmp_path / "run", "overwrite", EXIT_IN_USE)
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)

@@ -1,20 +1,18 @@
 """A run restored from its state goes on as if it had not stopped."""
 
 import random
-import re
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import save_state
 from torch import nn
 
-from quantune.checkpoint.state import load_state, save_state
+from quantune.checkpoint.state import restore
 from quantune.errors import CheckpointError
 from quantune.recipe.schema import TrainingConfig
 from quantune.training.optimizer import build_optimizer
-
-PRINTS = {"[adapter]": {"r": 8}, "the packed weights": "abc"}
 
 
 class Run:
@@ -35,13 +33,11 @@ class Run:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
-    def save(self, folder, **more):
-        arguments = {"parameters": self.parameters, "optimizer": self.optimizer, "fingerprints": PRINTS}
-        save_state(folder, progress={"step": 5}, **{**arguments, **more})
+    def save(self, folder):
+        save_state(folder, parameters=self.parameters, optimizer=self.optimizer, progress={"step": 5})
 
-    def load(self, folder, **more):
-        arguments = {"parameters": self.parameters, "optimizer": self.optimizer, "fingerprints": PRINTS}
-        return load_state(folder, **{**arguments, **more})
+    def load(self, folder):
+        return restore(folder, parameters=self.parameters, optimizer=self.optimizer)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
@@ -101,34 +97,6 @@ def test_there_is_no_pickle_in_a_state(tmp_path):
     run.steps(1)
     run.save(tmp_path)
     assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors", ".json"}
-
-
-def test_what_changed_is_named(tmp_path):
-    Run(0).save(tmp_path)
-    with pytest.raises(CheckpointError, match=r"the packed weights changed since"):
-        Run(0).load(tmp_path, fingerprints=PRINTS | {"the packed weights": "xyz"})
-
-
-@pytest.mark.parametrize(
-    ("now", "named"),
-    [
-        (PRINTS | {"the files of the base": {}}, "the files of the base"),
-        ({"[adapter]": {"r": 8}}, "the packed weights"),
-        (PRINTS | {"[adapter]": {"r": 16}}, "[adapter]"),
-    ],
-)
-def test_a_fingerprint_that_came_went_or_changed_is_named_and_nothing_is_loaded(tmp_path, now, named):
-    Run(0).save(tmp_path)
-    run = Run(99)
-    before = run.parameters["0.weight"].clone()
-    with pytest.raises(CheckpointError, match=re.escape(f": {named} changed since")):
-        run.load(tmp_path, fingerprints=now)
-    assert torch.equal(run.parameters["0.weight"], before)
-
-
-def test_fingerprints_are_compared_as_json_has_them(tmp_path):
-    Run(0).save(tmp_path, fingerprints={"targets": ("q_proj", "v_proj"), "max_grad_norm": float("inf")})
-    Run(0).load(tmp_path, fingerprints={"targets": ("q_proj", "v_proj"), "max_grad_norm": float("inf")})
 
 
 def test_the_state_of_another_optimizer_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from support import Silent
 
 from quantune.checkpoint.run_folder import RunFolder
-from quantune.errors import CheckpointError, InputError, InterruptedRun
+from quantune.errors import InputError, InterruptedRun, ResumeError
 from quantune.model.base import open_base
 from quantune.recipe.schema import (
     AdapterConfig,
@@ -91,15 +91,19 @@ def test_an_evaluation_that_a_run_asked_to_stop_left_out_is_made_when_it_goes_on
 
 
 @pytest.mark.parametrize(
-    "change",
-    [{"shuffle": False}, {"pad_to_max_length": True}, {"packing": True}],
-    ids=lambda change: next(iter(change)),
+    ("key", "way"),
+    [
+        ("shuffle", "put it back"),
+        ("packing", "put it back"),
+        ("pad_to_max_length", "--allow-change data.pad_to_max_length"),
+    ],
 )
-def test_a_run_is_not_resumed_in_another_order_or_shape(recipe, tmp_path, change):
+def test_a_run_is_not_resumed_in_another_order_or_shape(recipe, tmp_path, key, way):
     folder = tmp_path / "run"
     interrupt(recipe, folder)
-    with pytest.raises(CheckpointError, match=rf"\[data\].*changed since .*{next(iter(change))}"):
-        run(attrs.evolve(recipe, data=attrs.evolve(recipe.data, **change)), folder, "resume")
+    other = attrs.evolve(recipe.data, **{key: not getattr(recipe.data, key)})
+    with pytest.raises(ResumeError, match=rf"data.{key} was (true|false), is (true|false)  \(.*{way}\)"):
+        run(attrs.evolve(recipe, data=other), folder, "resume")
 
 
 def test_a_run_goes_on_without_the_adapter_it_started_from_and_never_clears_it(recipe, tmp_path):

@@ -177,7 +177,8 @@ def test_a_changed_recipe_can_not_be_resumed(folder):
     quantune("run", path, "--set", "training.max_steps=8", check=True)
     os.remove(folder / "run" / "status.json")  # as if it had died at its end
     refused = quantune("run", path, "--resume", "--set", "adapter.alpha=8", check=False)
-    assert refused.returncode == 1 and "[adapter] changed since it was written" in refused.stderr
+    assert refused.returncode == 2 and "adapter.alpha was 32.0, is 8.0" in refused.stderr
+    assert "put adapter.alpha back, or start again with --overwrite" in refused.stderr
 
 
 def test_two_runs_of_one_recipe_end_with_the_same_bytes(folder):
