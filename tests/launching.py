@@ -84,7 +84,7 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
 def steps_done(folder: Path) -> int:
     """Steps in the metrics of a run."""
     path = folder / "metrics.jsonl"
-    return path.read_text().count('"step"') if path.exists() else 0
+    return path.read_text().count('"event": "step"') if path.exists() else 0
 
 
 def log(folder: Path, rank: int) -> str:

@@ -62,7 +62,9 @@ def main() -> None:
         app()
     except BaseException as error:
         if isinstance(error, SystemExit):
-            raise
+            if error.code != quantune.errors.EXIT_ABORTED:
+                raise
+            error = KeyboardInterrupt()  # which is what typer makes that of
         sys.exit(worker.end(error, *_ending(error, debug)))
 
 
@@ -71,7 +73,7 @@ def _ending(error: BaseException, debug: bool) -> tuple[int, Callable[[str], obj
     if isinstance(error, KeyboardInterrupt):
         return quantune.errors.EXIT_ABORTED, lambda before: err.print(f"{before}aborted")
     if isinstance(error, OSError) and not debug:  # a disk that is full, an output that is closed
-        error = quantune.errors.QuantuneError(f"{error.strerror or error}")
+        error = quantune.errors.QuantuneError(": ".join(str(word) for word in (error.filename, error.strerror or error) if word))
     if isinstance(error, quantune.errors.QuantuneError):
         return error.exit_code, functools.partial(fail, error, debug)
     return quantune.errors.EXIT_BUG, functools.partial(report_bug, error)
