@@ -54,7 +54,7 @@ def write_committed(
     target = parent / name
     if not replace and os.path.lexists(target):
         raise CheckpointError(f"{target} exists already, and a committed folder is never written into")
-    parent.mkdir(parents=True, exist_ok=True)
+    make_folder(parent)
     free = shutil.disk_usage(parent).free
     if free < expected_bytes:
         raise CheckpointError(_full_disk(target, f"about {_size(expected_bytes)}", free))
@@ -143,6 +143,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, where they are not there yet; a power loss does not take them back.
+
+    Raises:
+        OSError: it can't be made, or is a file.
+    """
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
 
 
 def remove(folder: Path) -> None:

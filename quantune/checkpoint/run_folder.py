@@ -8,6 +8,7 @@ checkpoints/    what the run resumes from
 adapter/        the result
 logs/           what ranks other than 0 said, a file each
 status.json     running, interrupted or finished, and at which step
+.overwriting    what is here is an older run's, and is removed once the one that overwrites it has loaded
 .lock           which process uses the folder; its text also says that the folder is a run's
 """
 
@@ -26,11 +27,11 @@ from typing import Any, Literal
 
 import attrs
 
-from quantune.checkpoint.commit import TEMPORARY, write_file_atomically
+from quantune.checkpoint.commit import TEMPORARY, make_folder, write_file_atomically
 from quantune.checkpoint.history import History
 from quantune.checkpoint.metrics_log import MetricsLog
 from quantune.checkpoint.store import CheckpointStore
-from quantune.errors import FolderInUseError, RunFolderError
+from quantune.errors import FolderInUseError, QuantuneError, RunFolderError
 
 __all__ = ["MetricsLog", "Mode", "RunFolder", "State"]
 
@@ -45,6 +46,7 @@ PACKED = "the packed weights"
 FOLDERS = ("checkpoints", "adapter", "adapter.replaced")
 LOGS = "logs"
 LOCK = ".lock"
+OVERWRITING = ".overwriting"
 HOLDER = re.compile(r"process \d+ on \S+")
 """What a lock file says. Other programs have a `.lock` too, and a `manifest.json`, and even an `adapter/`."""
 
@@ -81,11 +83,11 @@ class RunFolder:
 
     def write_recipe(self, text: str) -> None:
         """Write the resolved recipe."""
-        write_file_atomically(self.path / "recipe.toml", text)
+        _write(self.path / "recipe.toml", text)
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Write what the run was made of."""
-        write_file_atomically(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        _write(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
     def fingerprints(self) -> dict[str, Any]:
         """What the manifest says the run was made of, empty where it says nothing."""
@@ -96,7 +98,7 @@ class RunFolder:
 
     def write_status(self, state: State, step: int) -> None:
         """Write where the run stands."""
-        write_file_atomically(self.path / STATUS, json.dumps({"state": state, "step": step}) + "\n")
+        _write(self.path / STATUS, json.dumps({"state": state, "step": step}) + "\n")
 
     def state(self) -> State | None:
         """Where the run stands; None for a folder that no run has got far enough in to say.
@@ -135,7 +137,7 @@ class RunFolder:
             if mode == "resume" and not _is_run_folder(path):
                 what = "is empty" if path.exists() else "does not exist"
                 raise RunFolderError(f"there is nothing to resume: {path} {what}. Leave out --resume to start")
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             _probe(path)
             lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
@@ -151,14 +153,24 @@ class RunFolder:
             fcntl.flock(lock, fcntl.LOCK_UN)  # closing is not enough where a forked worker still has it open
             os.close(lock)
 
+    def going_on(self, mode: Mode) -> Mode | None:
+        """How a run that was begun with `mode` goes on where it died, whatever it left; None if it had finished."""
+        if mode == "overwrite" and (self.path / OVERWRITING).exists():
+            return mode
+        if self.state() == "finished":
+            return None
+        return "resume" if self.unfinished() else "overwrite"
+
     def _prepare(self, mode: Mode) -> None:
         state = self.state()
+        if mode == "overwrite":
+            (self.path / OVERWRITING).touch()
+            return
         if mode == "resume":
             if state == "finished":
                 raise RunFolderError(f"the run in {self.path} is finished; --overwrite starts it again")
-            self._sweep()
-        elif mode == "overwrite":
-            return
+            _remove(self.path / OVERWRITING)
+            self._sweep()  # one that stopped before its first checkpoint begins again
         elif state == "finished":
             raise RunFolderError(
                 f"{self.path} holds a finished run; --overwrite starts it again, "
@@ -177,7 +189,7 @@ class RunFolder:
         """
         for name in FOLDERS:
             _remove(self.path / name)
-        for name in FILES:
+        for name in (*FILES, OVERWRITING):
             _remove(self.path / name)
         self._sweep()
 
@@ -186,6 +198,20 @@ class RunFolder:
         for name in (*FILES, *FOLDERS):
             for leftover in self.path.glob(f"{name}{TEMPORARY}*"):
                 _remove(leftover)
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file of the folder.
+
+    Raises:
+        QuantuneError: it can't be written; it is as it was before.
+    """
+    try:
+        write_file_atomically(path, text)
+    except OSError as error:
+        raise QuantuneError(
+            f"{path} can't be written: {error.strerror}. What is saved is untouched; put that right and resume"
+        ) from error
 
 
 def _refuse_foreign(path: Path) -> None:

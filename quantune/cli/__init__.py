@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 import quantune
-import quantune.errors
 from quantune.cli import backends, check, explain, generate, history, init, migrate, run, schema
-from quantune.cli.console import err, fail, report_bug
+from quantune.cli.console import meaning
 from quantune.distributed import worker
 
 app = typer.Typer(
@@ -62,18 +60,5 @@ def main() -> None:
         app()
     except BaseException as error:
         if isinstance(error, SystemExit):
-            if error.code != quantune.errors.EXIT_ABORTED:
-                raise
-            error = KeyboardInterrupt()  # which is what typer makes that of
-        sys.exit(worker.end(error, *_ending(error, debug)))
-
-
-def _ending(error: BaseException, debug: bool) -> tuple[int, Callable[[str], object]]:
-    """The exit code that an error stands for, and what prints it behind a few words."""
-    if isinstance(error, KeyboardInterrupt):
-        return quantune.errors.EXIT_ABORTED, lambda before: err.print(f"{before}aborted")
-    if isinstance(error, OSError) and not debug:  # a disk that is full, an output that is closed
-        error = quantune.errors.QuantuneError(": ".join(str(word) for word in (error.filename, error.strerror or error) if word))
-    if isinstance(error, quantune.errors.QuantuneError):
-        return error.exit_code, functools.partial(fail, error, debug)
-    return quantune.errors.EXIT_BUG, functools.partial(report_bug, error)
+            raise
+        sys.exit(worker.end(error, functools.partial(meaning, debug)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import traceback
@@ -12,10 +13,12 @@ from rich.markup import escape
 
 from quantune.backends.discovery import require_readable_packages
 from quantune.cli.problems import render
-from quantune.errors import InterruptedRun, Problem, QuantuneError, RecipeError
+from quantune.errors import EXIT_ABORTED, EXIT_BUG, InterruptedRun, Problem, QuantuneError, RecipeError
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from quantune.distributed.worker import Speak
 
 _GIVEN = sys.argv[1:]
 out = Console(emoji=False, highlight=False, soft_wrap=True)
@@ -45,10 +48,23 @@ def fail(error: QuantuneError, debug: bool, before: str = "") -> int:
         more = f"; [cyan]quantune explain {error.problems[0].code}[/] tells more" if count else ""
         err.print(f"[bold red]{count} problem{'s' if count != 1 else ''}[/] in the recipe{more}")
     elif isinstance(error, InterruptedRun):
-        err.print(f"[bold yellow]interrupted:[/] {before}{escape(str(error))}")
+        err.print(f"[bold yellow]interrupted:[/] {escape(str(error))}")  # whichever rank says so
     else:
         err.print(f"[bold red]error:[/] {before}{escape(str(error))}")
     return error.exit_code
+
+
+def meaning(debug: bool, error: BaseException) -> tuple[int, Speak]:
+    """The exit code that an error stands for, and what prints it behind a few words."""
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_ABORTED, lambda before: err.print(
+            "[bold yellow]aborted:[/] what was saved before stays; --resume goes on from there"
+        )
+    if isinstance(error, OSError):  # a disk that is full, an output that is closed
+        error = QuantuneError(f"{error.strerror or error}").with_traceback(error.__traceback__)
+    if isinstance(error, QuantuneError):
+        return error.exit_code, functools.partial(fail, error, debug)
+    return EXIT_BUG, functools.partial(report_bug, error)
 
 
 def report_bug(error: BaseException, before: str = "") -> None:
@@ -84,7 +100,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # among others, that a machine has no name
     import logging
     import warnings
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 import attrs
 import typer
 
-from quantune.cli.console import fail_with, given_arguments, out, quiet_libraries
+from quantune.cli.console import fail_with, given_arguments, meaning, out, quiet_libraries, warn, warning
 from quantune.cli.progress import ConsoleObserver, print_result
 from quantune.cli.recipes import open_recipe
 from quantune.distributed import worker
-from quantune.distributed.environment import attempt, launched
-from quantune.errors import EXIT_ABORTED, DistributedError, InputError
+from quantune.distributed.environment import attempt, launched, rank
+from quantune.distributed.stopping import Phase, StopRequest
+from quantune.errors import DistributedError, InputError
 from quantune.recipe.changes import require_allowable
 
 if TYPE_CHECKING:
     from quantune.checkpoint.run_folder import Mode
+    from quantune.errors import Problem
     from quantune.recipe.schema import Recipe
 
 
@@ -60,58 +63,84 @@ def run(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Train a LoRA adapter as a recipe says."""
-    if not worker.enter(launches=nodes > 1 or rendezvous is not None):
-        return
     if resume + resume_or_start + overwrite > 1:
         raise InputError("--resume, --resume-or-start and --overwrite are three different things; give one of them")
     if allow_changes and not (resume or resume_or_start):
         raise InputError("--allow-change goes with --resume: a run that starts has nothing to differ from")
     require_allowable(allow_changes or ())
     if processes is not None:
-        overrides = [
-            *(overrides or ()),
-            f"distributed.processes={json.dumps(processes) if processes == 'auto' else processes}",
-        ]
-    checked = open_recipe(recipe, overrides or (), resume=resume)
+        overrides = [*(overrides or ()), f"distributed.processes={_toml(processes)}"]
+    train_here = functools.partial(
+        _train,
+        nodes=nodes,
+        allow_changes=allow_changes or (),
+        allow_remote_code=trust_remote_code,
+        as_json=as_json,
+    )
+    try:
+        with StopRequest(warning).listening() as stop:
+            if not worker.enter(adopt=nodes == 1):
+                return
+            told = worker.told_by_another()
+            checked = open_recipe(recipe, overrides or (), resume=resume, warned=_unheard if told else warn)
+            mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
+            if resume_or_start or attempt():  # started again by a launcher, after a process died
+                going_on = _going_on(Path(checked.output.dir), mode)
+                if going_on is None:
+                    return
+                mode = going_on
+            if launched():
+                train_here(checked, mode, stop)
+                return
 
+            quiet_libraries()
+            from quantune.distributed.launch import Nodes, launch, local_processes
+
+            machines = Nodes(count=nodes, rank=node_rank, rendezvous=rendezvous)
+            count = local_processes(checked.distributed, checked.training.device)
+            if count * machines.count == 1:
+                train_here(checked, mode, stop)
+                return
+            _require_folder(Path(checked.output.dir), mode, machines.rank)
+            stop.enter(Phase.LOADING)
+            command = ("-m", "quantune", *given_arguments())
+            exit_code = launch(command, count, machines, checked.distributed, fail_with)
+    except KeyboardInterrupt as error:  # typer would end without a word
+        exit_code = worker.end(error, functools.partial(meaning, False))
+    raise typer.Exit(exit_code)
+
+
+def _require_folder(path: Path, mode: Mode, machine: int) -> None:
+    """Refuse what rank 0 will refuse, before anything is started."""
     from quantune.checkpoint.run_folder import RunFolder
 
-    path = Path(checked.output.dir)
-    mode: Mode = "resume" if resume else "overwrite" if overwrite else "new"
-    if resume_or_start:
-        finished = RunFolder(path).state() == "finished"
-        if finished:
-            out.print(f"the run in {path} is finished already")
+    if machine == 0:
+        with RunFolder.open(path, mode):
             return
-        mode = "resume" if RunFolder(path).unfinished() else "overwrite"
-    if launched():
-        _train(checked, mode, allow_changes or (), trust_remote_code, as_json)
-        return
-
-    quiet_libraries()
-    from quantune.distributed.launch import Nodes, launch, local_processes
-
-    machines = Nodes(count=nodes, rank=node_rank, rendezvous=rendezvous)
-    count = local_processes(checked.distributed, checked.training.device)
-    if count * machines.count == 1:
-        _train(checked, mode, allow_changes or (), trust_remote_code, as_json)
-        return
-    with RunFolder.open(path, mode):
-        pass  # what is refused is refused before anything is started
-    code = launch(given_arguments(), count, machines, checked.distributed)
-    if code == EXIT_ABORTED:
-        raise KeyboardInterrupt
-    raise typer.Exit(code)
 
 
-def _train(checked: Recipe, mode: Mode, allow_changes: Sequence[str], trust_remote_code: bool, as_json: bool) -> None:
-    """Train in this process, alone or as one of several."""
+def _going_on(path: Path, mode: Mode) -> Mode | None:
+    """How to go on with a run that was begun with `mode`, or was not; None where it is finished."""
     from quantune.checkpoint.run_folder import RunFolder
 
-    path = Path(checked.output.dir)
-    if attempt() and RunFolder(path).unfinished():  # started again after a process died
-        mode = "resume"
-    with worker.run_folder(path, mode) as folder, ConsoleObserver(checked) as observer:
+    going_on = RunFolder(path).going_on(mode)
+    if going_on is None and rank() == 0:
+        out.print(f"the run in {path} is finished already")
+    return going_on
+
+
+def _train(
+    checked: Recipe,
+    mode: Mode,
+    stop: StopRequest,
+    *,
+    nodes: int,
+    allow_changes: Sequence[str],
+    allow_remote_code: bool,
+    as_json: bool,
+) -> None:
+    """Train in this process, alone or as one of several."""
+    with worker.run_folder(Path(checked.output.dir), mode) as folder, ConsoleObserver(checked) as observer:
         observer.phase("importing torch and transformers")
         quiet_libraries()
         from quantune.distributed.world import World
@@ -119,12 +148,9 @@ def _train(checked: Recipe, mode: Mode, allow_changes: Sequence[str], trust_remo
 
         world = World.from_environment()
         if attempt():
-            observer.warning(f"a process died: started again, the {_ordinal(attempt())} time")
-        if launched() and checked.distributed.processes not in ("auto", world.local_size):
-            observer.warning(
-                f"[distributed] processes = {checked.distributed.processes} has no effect: the launcher started "
-                f"{world.local_size} here"
-            )
+            observer.warning(f"a process of the run died: this is attempt {attempt() + 1}")
+        for sentence in worker.without_effect(checked.distributed, nodes):
+            observer.warning(sentence)
         result = train(
             checked,
             folder,
@@ -132,8 +158,9 @@ def _train(checked: Recipe, mode: Mode, allow_changes: Sequence[str], trust_remo
             world=world,
             resume=mode == "resume",
             allow_changes=allow_changes,
-            allow_remote_code=trust_remote_code,
+            allow_remote_code=allow_remote_code,
             watching=lambda timeout: worker.watching(timeout, lambda text: fail_with(DistributedError(text))),
+            stop=stop,
         )
     if not world.main:
         return
@@ -143,5 +170,9 @@ def _train(checked: Recipe, mode: Mode, allow_changes: Sequence[str], trust_remo
         print_result(result)
 
 
-def _ordinal(number: int) -> str:
-    return {1: "first", 2: "second", 3: "third"}.get(number, f"{number}th")
+def _unheard(problem: Problem) -> None:
+    """Another process tells of what this one found as well."""
+
+
+def _toml(processes: str) -> str:
+    return processes if processes.isdigit() else json.dumps(processes)

@@ -21,29 +21,14 @@ def launched(environment: Mapping[str, str] = os.environ) -> bool:
     return "RANK" in environment and "WORLD_SIZE" in environment
 
 
+def rank(environment: Mapping[str, str] = os.environ) -> int:
+    """This process among all, from 0; 0 for one that no launcher started."""
+    return int(environment["RANK"]) if launched(environment) else 0
+
+
 def attempt(environment: Mapping[str, str] = os.environ) -> int:
     """How often the processes of this world have been started again."""
     return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def meeting_point(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
-    """Host and port of the store where the processes of this world meet.
-
-    Raises:
-        InputError: the launcher does not say.
-    """
-    try:
-        return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    except (KeyError, ValueError) as error:
-        raise InputError(
-            "expected the launcher to say in MASTER_ADDR and MASTER_PORT where the processes meet, found "
-            f"{environment.get('MASTER_ADDR', 'no MASTER_ADDR')} and {environment.get('MASTER_PORT', 'no MASTER_PORT')}"
-        ) from error
-
-
-def has_store(environment: Mapping[str, str] = os.environ) -> bool:
-    """Whether the launcher has that store; otherwise rank 0 does."""
-    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
@@ -56,11 +41,14 @@ def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
         return  # an allocation alone (sbatch, salloc) has SLURM_NTASKS, but no step
     tasks = _per_node(environment["SLURM_STEP_TASKS_PER_NODE"])
     node = int(environment["SLURM_NODEID"])
+    here = tasks[min(node, len(tasks) - 1)]
+    sees_one = "CUDA_VISIBLE_DEVICES" in environment and "," not in environment["CUDA_VISIBLE_DEVICES"]
     environment.update(
         RANK=environment["SLURM_PROCID"],
         WORLD_SIZE=environment["SLURM_STEP_NUM_TASKS"],
-        LOCAL_RANK=environment["SLURM_LOCALID"],
-        LOCAL_WORLD_SIZE=str(tasks[min(node, len(tasks) - 1)]),
+        # --gpus-per-task shows each task its own GPU alone, as the first one
+        LOCAL_RANK="0" if sees_one else environment["SLURM_LOCALID"],
+        LOCAL_WORLD_SIZE=str(here),
     )
     environment.setdefault("MASTER_ADDR", _first_host(environment.get("SLURM_STEP_NODELIST", "")))
     job, step = int(environment.get("SLURM_JOB_ID", "0")), int(environment.get("SLURM_STEP_ID", "0"))

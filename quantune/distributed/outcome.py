@@ -1,7 +1,9 @@
 """What quantune's launcher and the workers that it started on this machine tell each other: files in a folder.
 
 outcome.json   how the run ended for good, by the first worker that knew: it is not to be started again
+launcher       its process id
 process-N      the process id of local rank N, for signals that the launcher passes on
+hung-ID        a worker was ended because it hung
 stop           the launcher was asked to stop, perhaps before a worker could be told
 
 Nothing here imports torch: a worker that is started again after the run has ended leaves at once.
@@ -19,6 +21,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import attrs
+
+from quantune.errors import EXIT_DIED
 
 FOLDER = "QUANTUNE_LAUNCH"
 """Environment variable: the folder."""
@@ -56,20 +60,45 @@ class LaunchFolder:
         """Register this process as a worker that ends with its launcher."""
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != self.launcher():  # it died before it could be waited for
+                os._exit(EXIT_DIED)
         partial = self.path / f"process-{local_rank}.new"
         partial.write_text(str(os.getpid()), encoding="utf-8")
         partial.replace(self.path / f"process-{local_rank}")
 
+    def launch(self) -> None:
+        """Register this process as the launcher."""
+        (self.path / "launcher").write_text(str(os.getpid()), encoding="utf-8")
+
+    def launcher(self) -> int:
+        """The process id of the launcher."""
+        return int((self.path / "launcher").read_text(encoding="utf-8"))
+
     def processes(self) -> Iterator[int]:
-        """Process ids of the workers."""
+        """Process ids of the workers, as far as they have begun."""
         for path in self.path.glob("process-[0-9]*"):
             if path.suffix != ".new":
                 yield int(path.read_text(encoding="utf-8"))
 
-    def forget_processes(self) -> None:
-        """Forget the workers of an attempt: their ids may be given to others."""
-        for path in self.path.glob("process-*"):
-            path.unlink()
+    def complete(self, workers: int) -> bool:
+        """Whether so many workers have begun and none of them is gone."""
+        alive = 0
+        for process in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, 0)
+                alive += 1
+        return alive == workers
+
+    def end_hung(self, process: int) -> None:
+        """End a worker that hangs, if the launcher of this folder started it."""
+        if process in self.processes():
+            (self.path / f"hung-{process}").touch()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+    def hung(self, process: int) -> bool:
+        """Whether a worker was ended because it hung."""
+        return (self.path / f"hung-{process}").exists()
 
     def ask_to_stop(self, number: int) -> None:
         """Pass a signal on to all workers, and leave word for those that have not started."""

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -24,9 +24,10 @@ import attrs
 import torch.distributed as dist
 
 from quantune.distributed.environment import attempt
-from quantune.distributed.world import COLLECTIVES, World, connect
-from quantune.errors import EXIT_FAILURE
+from quantune.distributed.world import COLLECTIVES, World
 
+LOADING_PATIENCE = 2.0
+"""How many timeouts a rank may take for what comes before training."""
 INTERVAL = 1.0
 """Seconds between two records."""
 STALE = 5.0
@@ -34,6 +35,9 @@ STALE = 5.0
 GRACE = 5.0
 """Seconds that a rank has to end by itself after another one has failed."""
 PACKAGE = str(Path(__file__).parents[1])
+EXCHANGES = str(Path(dist.__file__).parent)
+Record = dict[str, Any]
+"""What a rank says of itself: see `Watch._record`."""
 
 
 @attrs.frozen(kw_only=True)
@@ -46,17 +50,31 @@ class Failure:
     """Whether it would come up again if the run were started again."""
 
 
+@attrs.frozen(kw_only=True)
+class Hang:
+    """What the ranks wait for."""
+
+    sentence: str
+    """For the person."""
+    process: int | None = None
+    """The process to blame, if it is one."""
+    host: str | None = None
+    """Where it runs."""
+
+
 class Board:
     """Where the ranks of an attempt leave word for each other.
 
     Args:
         timeout: seconds to wait for the store where the ranks meet.
+        host: whether there is no such store and this is the process to have it.
     """
 
-    def __init__(self, world: World, timeout: float) -> None:
+    def __init__(self, world: World, timeout: float, *, host: bool = False) -> None:
         self.world = world
-        self._root = connect(world, timedelta(seconds=timeout))
-        self.store = dist.PrefixStore(f"/attempt/{attempt()}/watch", self._root)
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=host, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+        self.store = dist.PrefixStore(f"/attempt/{attempt()}/watch", store)
 
     def claim(self, failure: Failure) -> Failure:
         """Report a failure; the first one there was is returned."""
@@ -68,13 +86,6 @@ class Board:
         """The first failure there was."""
         return Failure(**json.loads(self.store.get("failure"))) if self.store.check(["failure"]) else None
 
-    def superseded(self) -> bool:
-        """Whether another machine's launcher has begun a later attempt: it does not tell this machine's."""
-        newest = int(self._root.get("newest attempt")) if self._root.check(["newest attempt"]) else 0
-        if newest < attempt():
-            self._root.set("newest attempt", str(attempt()))
-        return newest > attempt()
-
     def leave(self) -> int:
         """Say that this rank knows how the attempt ends; returns how many do."""
         return self.store.add("left", 1)
@@ -83,11 +94,11 @@ class Board:
         """How many ranks know how the attempt ends."""
         return self.store.add("left", 0)
 
-    def post(self, record: dict[str, Any]) -> None:
+    def post(self, record: Record) -> None:
         """Say how this rank is."""
         self.store.set(f"rank/{self.world.rank}", json.dumps(record))
 
-    def records(self) -> list[dict[str, Any] | None]:
+    def records(self) -> list[Record | None]:
         """How all ranks were when they last said so, by rank."""
         keys = [f"rank/{rank}" for rank in range(self.world.size)]
         return [json.loads(self.store.get(key)) if self.store.check([key]) else None for key in keys]
@@ -98,7 +109,7 @@ class Watch:
 
     Args:
         timeout: seconds without progress after which a rank hangs.
-        hung: is told of it, a sentence, and ends this process.
+        hung: is told of it, and ends this process.
         ended: is told of the first failure of another rank that this one does not end after by itself, and ends it.
     """
 
@@ -107,7 +118,7 @@ class Watch:
         world: World,
         timeout: float,
         *,
-        hung: Callable[[str, Board], None],
+        hung: Callable[[Hang, Board], None],
         ended: Callable[[Failure, Board], None],
     ) -> None:
         self.world = world
@@ -115,7 +126,7 @@ class Watch:
         self._hung, self._ended = hung, ended
         self._beat = time.monotonic()
         self._doing = "meeting the other ranks"
-        self._patience = 2.0
+        self._patience = LOADING_PATIENCE
         self._done = threading.Event()
         self._main = threading.main_thread().ident
         self._thread = threading.Thread(target=self._run, daemon=True, name="watch")
@@ -136,61 +147,73 @@ class Watch:
         entered = COLLECTIVES.entered
         try:
             board = Board(self.world, self.timeout * self._patience)
-            board.post(self._record())
-            while not self._done.wait(INTERVAL):
+            while not self._done.is_set():
                 board.post(self._record())
-                if board.superseded():
-                    self._ended(Failure(rank=self.world.rank, exit_code=EXIT_FAILURE, final=False), board)
                 failure = board.first()
                 if failure is not None and not self._done.wait(GRACE):
                     self._ended(failure, board)
                 if COLLECTIVES.entered != entered:
                     entered, self._beat = COLLECTIVES.entered, time.monotonic()
                 if time.monotonic() - self._beat > self.timeout * self._patience:
-                    culprit = self._culprit(board)
+                    hang = self._find(board)
                     if not self._done.is_set():
-                        self._hung(culprit, board)
+                        self._hung(hang, board)
+                self._done.wait(INTERVAL)
         except (dist.DistError, RuntimeError):  # the store is gone, and its process with it: the main thread finds out
             return
 
-    def _record(self) -> dict[str, Any]:
+    def _record(self) -> Record:
+        main = sys._current_frames().get(self._main or 0)
         return {
             "time": time.time(),
             "collectives": COLLECTIVES.entered,
             "doing": self._doing,
             "seconds": time.monotonic() - self._beat,
-            "where": where(sys._current_frames().get(self._main or 0)),
+            "where": where(main),
+            "waits": _waits(main),
             "process": os.getpid(),
             "host": socket.gethostname(),
         }
 
-    def _culprit(self, board: Board) -> str:
-        """A sentence on the rank that the others wait for."""
+    def _find(self, board: Board) -> Hang:
+        """Which rank the others wait for."""
         before = board.records()
         begun = time.monotonic()
         while time.monotonic() - begun < STALE and not self._done.wait(INTERVAL):
             board.post(self._record())
-        now = board.records()
-        missing = [rank for rank, record in enumerate(now) if record is None]
-        if missing:
-            return f"rank {missing[0]} never began, after {self.timeout:g} seconds"
-        stopped = [rank for rank, record in enumerate(now) if record == before[rank]]
-        counts = [record["collectives"] for record in now if record is not None]
-        behind = [rank for rank, count in enumerate(counts) if count == min(counts)]
-        rank = (stopped or behind)[0]
-        record: dict[str, Any] = now[rank] or {}
-        who = f"rank {rank} (process {record['process']} on {record['host']})"
-        if stopped:
-            return f"{who} has stopped altogether while {record['doing']}, at {record['where']}; the others wait for it"
-        if len(behind) == self.world.size:
-            return (
-                f"no rank has made progress for {record['seconds']:.0f} seconds while {record['doing']}, all of them "
-                f"in the same exchange: the network between them may be gone. Rank 0 is at {(now[0] or {})['where']}"
-            )
-        return (
-            f"{who} has been at {record['where']} for {record['seconds']:.0f} seconds while {record['doing']}, and the "
-            "others wait for it"
+        return find_hang(before, board.records())
+
+
+def find_hang(before: Sequence[Record | None], now: Sequence[Record | None]) -> Hang:
+    """Which rank the others wait for, from what all of them said `STALE` seconds ago and say now."""
+    missing = [rank for rank, record in enumerate(now) if record is None]
+    if missing:
+        return Hang(sentence=f"rank {missing[0]} has not come to meet the others")
+    records = [record for record in now if record is not None]
+    stopped = [rank for rank, record in enumerate(records) if record == before[rank]]
+    fewest = min(record["collectives"] for record in records)
+    behind = [rank for rank, record in enumerate(records) if record["collectives"] == fewest]
+    if len(behind) == len(records):  # what they are in is not counted, or one of them has left it
+        behind = [rank for rank, record in enumerate(records) if not record["waits"]]
+    if not stopped and len(behind) in (0, len(records)):
+        return Hang(
+            sentence=f"no rank has made progress for {records[0]['seconds']:.0f} seconds while {records[0]['doing']}, "
+            "all of them in the same exchange: the network between them may be gone. Rank 0 is at "
+            f"{records[0]['where']}"
         )
+    rank = (stopped or behind)[0]
+    record = records[rank]
+    what = (
+        f"has stopped altogether, last seen at {record['where']}"
+        if stopped
+        else f"has been at {record['where']} for {record['seconds']:.0f} seconds"
+    )
+    return Hang(
+        sentence=f"rank {rank} (process {record['process']} on {record['host']}) {what} while {record['doing']}, and "
+        "the others wait for it",
+        process=record["process"],
+        host=record["host"],
+    )
 
 
 def where(frame: FrameType | None) -> str:
@@ -202,3 +225,8 @@ def where(frame: FrameType | None) -> str:
             place = f"{Path(entry.filename).relative_to(Path(PACKAGE).parent)}:{entry.lineno}"
             return place if depth + 1 == len(stack) else f"{place} (in {stack[-1].name})"
     return stack[-1].name if stack else "an unknown place"
+
+
+def _waits(frame: FrameType | None) -> bool:
+    """Whether a thread is in torch's exchanges between processes."""
+    return any(entry.filename.startswith(EXCHANGES) for entry in traceback.extract_stack(frame, limit=-8))

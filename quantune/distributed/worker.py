@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,31 +18,27 @@ from typing import TYPE_CHECKING
 import attrs
 
 from quantune.checkpoint.run_folder import Mode, RunFolder
-from quantune.distributed.environment import adopt_slurm, attempt, has_store, launched
+from quantune.distributed.environment import adopt_slurm, attempt, launched, rank
 from quantune.distributed.outcome import LaunchFolder
 from quantune.distributed.stopping import BEFORE_THE_FIRST_STEP
-from quantune.errors import EXIT_FAILURE, DistributedError, InputError, InterruptedRun
+from quantune.errors import EXIT_DIED, DistributedError, InterruptedRun
 
 if TYPE_CHECKING:
     from quantune.distributed.watch import Board, Failure
     from quantune.distributed.world import World
+    from quantune.recipe.schema import DistributedConfig
 
 DEFERENCE = 2.0
 """Seconds that other ranks leave to rank 0 to report what all of them found."""
 SECONDS_TO_HEAR = 5.0
 """How long a rank that lost another one waits to hear why."""
-SECONDS_TO_LEARN = 30.0
-"""How long rank 0 keeps the store for the others, which may be as late."""
-
-SECONDS_TO_MEET = 60.0
-"""How long a rank with something to say waits for rank 0, which may still be importing torch."""
+SECONDS_TO_LEARN = 60.0
+"""How long a rank that hosts the store keeps it for others, which may still be importing."""
 
 Speak = Callable[[str], object]
 """Tells the person, with something to put before it."""
-
-
-class LostRank(DistributedError):
-    """Another process is gone; it, or whoever started it, knows why."""
+Meaning = Callable[[BaseException], tuple[int, Speak]]
+"""The exit code that an error stands for, and what prints it."""
 
 
 @attrs.define
@@ -78,24 +75,17 @@ class Voice:
 VOICE = Voice()
 
 
-def enter(*, launches: bool) -> bool:
+def enter(*, adopt: bool = True) -> bool:
     """Begin as a worker, if a launcher started this process; False if the run has ended and there is nothing to do.
 
-    Args:
-        launches: this process was told of machines, as a launcher is; then each of srun's tasks is one, not a worker.
+    With `adopt`, srun is such a launcher; else it has started one launcher on each machine.
 
     Raises:
-        InputError: so was a worker that another launcher than quantune's started.
         InterruptedRun: the launcher was asked to stop before this process could be told.
     """
-    folder = LaunchFolder.from_environment()
-    if not launches:
+    if adopt:
         adopt_slurm()
-    elif launched() and folder is None:
-        raise InputError(
-            f"a launcher has started this process already, as one of {os.environ['WORLD_SIZE']}: leave out --nodes, "
-            "--node-rank and --rendezvous, or start quantune without it"
-        )
+    folder = LaunchFolder.from_environment()
     if folder is None or not launched():
         return True
     if folder.outcome() is not None:
@@ -106,23 +96,42 @@ def enter(*, launches: bool) -> bool:
     return True
 
 
+def told_by_another() -> bool:
+    """Whether another process, rank 0 or the launcher, says what all of them find before they meet."""
+    return launched() and (rank() > 0 or LaunchFolder.from_environment() is not None)
+
+
+def without_effect(config: DistributedConfig, nodes: int) -> Iterator[str]:
+    """What was asked of quantune's launcher and does nothing, because another one started this process."""
+    if not launched() or LaunchFolder.from_environment() is not None:
+        return
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    if config.processes not in ("auto", here):
+        yield f"[distributed] processes = {config.processes} has no effect: the launcher started {here} on this machine"
+    if nodes > 1:
+        yield f"--nodes {nodes} has no effect: the launcher has settled where the processes run"
+
+
 @contextlib.contextmanager
 def watching(timeout: float, describe: Callable[[str], None]) -> Iterator[Callable[[str, float], None]]:
     """Watch the other ranks; yields what is called with what is done next, and how many timeouts it may take.
 
     `describe` prints an error.
     """
-    from quantune.distributed.watch import Failure, Watch
+    from quantune.distributed.watch import Failure, Hang, Watch
     from quantune.distributed.world import World
 
     world = World.from_environment()
 
-    def hung(sentence: str, board: Board) -> None:
-        mine = Failure(rank=world.rank, exit_code=EXIT_FAILURE, final=False)
+    def hung(hang: Hang, board: Board) -> None:
+        mine = Failure(rank=world.rank, exit_code=EXIT_DIED, final=False)
         first = board.claim(mine)
         if first == mine:
             VOICE.to_terminal()
-            describe(sentence)
+            describe(hang.sentence)
+            folder = LaunchFolder.from_environment()
+            if folder is not None and hang.process is not None and hang.host == socket.gethostname():
+                folder.end_hung(hang.process)  # torch's launcher would ask it first, and wait half a minute
         ended(first, board)
 
     def ended(failure: Failure, board: Board) -> None:
@@ -131,42 +140,44 @@ def watching(timeout: float, describe: Callable[[str], None]) -> Iterator[Callab
         os._exit(exit_code)
 
     with Watch(world, timeout, hung=hung, ended=ended) as watch:
-        try:
-            yield watch.beat
-        except RuntimeError as error:
-            if not _lost_a_rank(error):
-                raise
-            raise LostRank(f"the connection to another process of the run is gone: {error}") from error
+        yield watch.beat
 
 
-def end(error: BaseException, exit_code: int, speak: Speak) -> int:
+def end(error: BaseException, meaning: Meaning) -> int:
     """End this process because of `error`; returns its exit code.
 
-    `speak` is called where this is the process that tells the person.
+    What prints it is called where this is the process that tells the person.
     """
+    exit_code, speak = meaning(error)
     if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
         speak("")
-        return _settled(exit_code, final=True) if launched() else exit_code
+        return _settled(exit_code, final=True)
+    if isinstance(error, KeyboardInterrupt):  # perhaps in the middle of importing torch; all ranks get it
+        if rank() == 0:
+            speak("")
+        return _settled(exit_code, final=True)
     import torch.distributed as dist
 
     from quantune.distributed.watch import Board, Failure
-    from quantune.distributed.world import World
+    from quantune.distributed.world import World, hosts_store, keeps_store
 
     world = World.from_environment()
-    lost = isinstance(error, LostRank)
-    mine = Failure(rank=world.rank, exit_code=exit_code, final=not isinstance(error, DistributedError))
-    board = first = None
+    lost = _lost_a_peer(error)
+    if lost:
+        exit_code, speak = meaning(DistributedError(f"lost another process of the run, or its machine: {error}"))
+    mine = Failure(rank=world.rank, exit_code=exit_code, final=exit_code != EXIT_DIED)
+    board: Board | None
     try:
-        board = Board(world, SECONDS_TO_HEAR if lost else SECONDS_TO_MEET)
+        board = Board(world, SECONDS_TO_HEAR, host=hosts_store(world) and not keeps_store())
         first = _wait_for_first(board, SECONDS_TO_HEAR if lost else DEFERENCE if world.rank else 0.0)
-        if first is None and not lost:
+        if first is None and not (lost and _one_is_gone()):
             first = board.claim(mine)
-    except (dist.DistError, RuntimeError):  # the store is gone, with the launcher or with rank 0, which has spoken
-        pass
-    if first == mine or (first is None and world.main and LaunchFolder.from_environment() is None):
+    except (dist.DistError, RuntimeError):  # the store is gone, with the launcher or rank 0, which has spoken
+        board, first = None, mine if world.main and not lost else None
+    if first == mine:
         VOICE.to_terminal()
         speak(f"rank {world.rank}: " if world.rank else "")
-    else:  # quantune's launcher tells of processes that died
+    else:
         after = "another process died" if first is None else f"rank {first.rank} failed"
         VOICE.note(f"ended because {after}: {error!r}")
     ending = first or mine
@@ -183,13 +194,12 @@ def run_folder(path: Path, mode: Mode) -> Iterator[RunFolder]:
     Raises:
         RunFolderError: see `RunFolder.open`.
     """
-    rank = int(os.environ["RANK"]) if launched() else 0
-    if rank == 0:
+    if rank() == 0:
         with RunFolder.open(path, mode) as folder:
             yield folder
         return
     folder = RunFolder(path)
-    VOICE.to_log(folder.log(rank))
+    VOICE.to_log(folder.log(rank()))
     yield folder
 
 
@@ -204,26 +214,37 @@ def _settled(exit_code: int, final: bool) -> int:
 
 def _wait_for_first(board: Board, seconds: float) -> Failure | None:
     begun = time.monotonic()
-    while (first := board.first()) is None and time.monotonic() - begun < seconds:
+    while (first := board.first()) is None and time.monotonic() - begun < seconds and not _one_is_gone():
         time.sleep(0.1)
     return first
 
 
+def _one_is_gone() -> bool:
+    """Whether quantune's launcher has lost a worker of this machine: it tells of that."""
+    folder = LaunchFolder.from_environment()
+    return folder is not None and not folder.complete(int(os.environ["LOCAL_WORLD_SIZE"]))
+
+
 def _leave(world: World, board: Board) -> None:
-    """End knowing why; rank 0 stays where it has the store that the others read that from, until they did."""
-    begun = time.monotonic()
+    """End knowing why; the process that hosts the store stays until all others do, or have had the time to."""
+    from quantune.distributed.world import hosts_store, keeps_store
+
     try:
         gone = board.leave()
-        while world.main and not has_store() and gone < world.size and time.monotonic() - begun < SECONDS_TO_LEARN:
+        begun = time.monotonic()
+        seconds = SECONDS_TO_LEARN if keeps_store() else 3 * SECONDS_TO_HEAR
+        while hosts_store(world) and gone < world.size and time.monotonic() - begun < seconds:
             time.sleep(0.1)
             gone = board.left()
     except RuntimeError:  # the store went first
         return
 
 
-def _lost_a_rank(error: RuntimeError) -> bool:
+def _lost_a_peer(error: BaseException) -> bool:
     """Whether an error says that another process is gone, as torch's backends put it."""
     import torch.distributed as dist
 
     words = ("gloo", "Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL")
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )

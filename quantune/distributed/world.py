@@ -6,9 +6,7 @@ Everything here also works in a process that is alone, without a process group.
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from quantune.distributed.environment import attempt, has_store, launched, meeting_point
+from quantune.distributed.environment import attempt, launched
 from quantune.distributed.network import interface_towards
 from quantune.errors import DistributedError
 
@@ -114,15 +112,18 @@ def joined(
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if world.size > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
-        interface = interface_towards(meeting_point()[0], elsewhere=world.local_size < world.size)
-        if interface is not None:  # by itself gloo takes what the host's own name stands for, if it stands for anything
+        interface = interface_towards(os.environ["MASTER_ADDR"])
+        if interface is not None:  # by itself gloo takes what the host's own name stands for, if it does for anything
             os.environ["GLOO_SOCKET_IFNAME"] = interface
     try:
         dist.init_process_group(
             backend, store=_store(world, timeout), rank=world.rank, world_size=world.size, timeout=timeout
         )
     except dist.DistError as error:
-        raise DistributedError(_not_met(world, timeout, error)) from error
+        raise DistributedError(
+            f"expected {world.size} processes to meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"within {timeout.total_seconds():g} seconds, they did not: {str(error).splitlines()[0]}"
+        ) from error
     try:
         yield init_device_mesh(device.type, (world.size,))
         dist.barrier()  # one that is done early would close connections that others still use
@@ -130,37 +131,26 @@ def joined(
         dist.destroy_process_group()
 
 
+_KEPT: list[dist.Store] = []
+"""The store that this process hosts, until it ends: the others read there why the run did."""
+
+
+def hosts_store(world: World) -> bool:
+    """Whether this process has the store where the ranks meet, because what launched it has none."""
+    return world.main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def keeps_store() -> bool:
+    """Whether this process has begun to host the store."""
+    return bool(_KEPT)
+
+
 def _store(world: World, timeout: timedelta) -> dist.Store:
-    """What the processes find each other through."""
+    """Where the processes find each other: at MASTER_ADDR, as torch's `env://`."""
     if world.size == 1 and "MASTER_ADDR" not in os.environ:
         return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
+    if hosts_store(world):
+        _KEPT.append(store)
     # the store outlives an attempt, and the keys of processes that died in it
-    return dist.PrefixStore(f"/attempt/{attempt()}", connect(world, timeout))
-
-
-def connect(world: World, timeout: timedelta) -> dist.Store:
-    """A connection of its own to the store where the processes meet.
-
-    Rank 0 has the store, unless a launcher does, and keeps it until it ends: the others read there why the run did.
-    """
-    host, port = meeting_point()
-    if world.main and not has_store():
-        with _HOSTING:  # the watch connects as well, from its thread
-            _hosted(host, port)
-    return dist.TCPStore(host, port, is_master=False, timeout=timeout, wait_for_workers=False)
-
-
-_HOSTING = threading.Lock()
-
-
-@functools.cache
-def _hosted(host: str, port: int) -> dist.Store:
-    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False)
-
-
-def _not_met(world: World, timeout: timedelta, error: Exception) -> str:
-    host, port = meeting_point()
-    return (
-        f"expected {world.size} processes to meet at {host}:{port} within {timeout.total_seconds():.0f} seconds, they "
-        f"did not: {str(error).splitlines()[0]}"
-    )
+    return dist.PrefixStore(f"/attempt/{attempt()}", store)

@@ -27,7 +27,8 @@ from quantune.checkpoint.state import TrainingState, capture
 from quantune.data.prepare import prepare
 from quantune.distributed.sharding import Root, shard
 from quantune.distributed.shares import Shares
-from quantune.distributed.stopping import StopRequest
+from quantune.distributed.stopping import Phase, StopRequest
+from quantune.distributed.watch import LOADING_PATIENCE
 from quantune.distributed.world import World, joined
 from quantune.errors import InputError, InterruptedRun
 from quantune.model import adapter, targets
@@ -55,8 +56,6 @@ from quantune.training.resuming import begin_attempt, identify, open_checkpoint,
 SHARED = ("model", "quantization", "adapter", "training")
 """Sections that are the same for every process; the data is compared by its tokens."""
 ALONE = World()
-LOADING_PATIENCE = 2.0
-"""How many timeouts a rank may take for what comes before training."""
 Beat = Callable[[str, float], None]
 """Is told what a process does next, and how many timeouts it may take."""
 Watching = Callable[[float], contextlib.AbstractContextManager[Beat]]
@@ -85,11 +84,13 @@ def train(
     allow_changes: Collection[str] = (),
     allow_remote_code: bool = False,
     watching: Watching | None = None,
+    stop: StopRequest | None = None,
 ) -> RunResult:
     """Train what `recipe` (with absolute paths) says, in `folder`, as one of the processes of `world`.
 
     All of them call this with the same arguments; the folder is written by rank 0 alone. With `watching`, which is
-    given the seconds that a rank may take, they watch each other.
+    given the seconds that a rank may take, they watch each other. `resume` is rank 0's to say. `stop` may have been
+    listening before.
 
     Args:
         resume: go on from the latest checkpoint, or begin again where none was committed.
@@ -107,23 +108,24 @@ def train(
     # a rank that hangs is named by the watch; the exchanges themselves give up later, should the watch fail
     patience = timedelta(seconds=LOADING_PATIENCE * seconds + 60)
     with (
-        StopRequest(observer.warning).listening() as stop,
+        (stop or StopRequest(observer.warning)).listening() as stop,
         contextlib.nullcontext(_unwatched) if watching is None or world.size == 1 else watching(seconds) as beat,
-        joined(world, device, patience, alone=recipe.distributed.cpu_offload) as mesh,
     ):
-        return _train(
-            recipe,
-            folder,
-            observer,
-            stop,
-            beat,
-            world,
-            mesh,
-            device,
-            resume=resume,
-            allow_changes=allow_changes,
-            allow_remote_code=allow_remote_code,
-        )
+        stop.enter(Phase.LOADING)
+        with joined(world, device, patience, alone=recipe.distributed.cpu_offload) as mesh:
+            return _train(
+                recipe,
+                folder,
+                observer,
+                stop,
+                beat,
+                world,
+                mesh,
+                device,
+                resume=world.broadcast(resume),
+                allow_changes=allow_changes,
+                allow_remote_code=allow_remote_code,
+            )
 
 
 def _unwatched(doing: str, patience: float) -> None:
@@ -336,7 +338,7 @@ def _train(
         layout=layout,
     )
     hooks = Hooks(record=record, evaluate=run_evaluation, save=save, failed=saver.failed, settle=saver.finish)
-    stop.training = True
+    stop.enter(Phase.TRAINING)
     beat("training its first step", LOADING_PATIENCE)
     with saver, tf32(recipe.training.tf32):
         due = evaluation_due(recipe.evaluation, progress.step, job.total_steps)

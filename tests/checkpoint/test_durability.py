@@ -1,10 +1,9 @@
-"""What a commit flushes and in which order; a process killed around any flush; a disk that has no room."""
+"""What a commit flushes and in which order; a disk that has no room."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import signal
 from collections import namedtuple
 
 import pytest
@@ -22,45 +21,6 @@ def nested(folder):
     (folder / "shards").mkdir()
     (folder / "shards" / "a.bin").write_bytes(b"a" * 3000)
     (folder / "b.bin").write_bytes(b"b")
-
-
-def killed_at_flush(number, action):
-    """Run `action` in a forked child that SIGKILLs itself before (odd) or after (even) a flush."""
-    child = os.fork()
-    if child == 0:
-        flush, seen = os.fsync, 0
-
-        def count():
-            nonlocal seen
-            seen += 1
-            if seen == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def counted(descriptor):
-            count()
-            flush(descriptor)
-            count()
-
-        os.fsync = counted
-        action()
-        os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
-@pytest.mark.parametrize("step", [2, 1])
-def test_killed_around_any_flush_of_a_save_a_whole_checkpoint_is_there(tmp_path, step):
-    number, killed = 0, True
-    while killed:
-        number += 1
-        shutil.rmtree(tmp_path, ignore_errors=True)
-        store = CheckpointStore(tmp_path / "store")
-        store.save(1, nested)
-        killed = killed_at_flush(number, lambda store=store: store.save(step, nested))
-        assert store.latest_verified(pytest.fail) is not None
-        store.save(step, nested)  # whatever the dead save left is no obstacle
-        store.prune(2)
-        assert sorted(path.name for path in store.folder.iterdir()) == [store.path(s).name for s in sorted({1, step})]
-    assert number > 8, "the fault did not fire"
 
 
 def test_every_file_is_flushed_before_the_manifest_and_the_rename_before_the_parent(tmp_path, monkeypatch):

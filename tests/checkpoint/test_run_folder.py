@@ -172,3 +172,39 @@ def test_another_program_s_lock_makes_no_run_folder(tmp_path):
     (tmp_path / "adapter").mkdir()
     assert "is not a run folder, and not empty" in refusal(tmp_path, "overwrite")
     assert (tmp_path / "adapter").is_dir()
+
+
+def test_a_run_that_died_goes_on_from_its_own_checkpoints(tmp_path):
+    path = tmp_path / "run"
+    assert RunFolder(path).going_on("new") == "overwrite"  # it had not begun
+    fill(path, "running")
+    assert RunFolder(path).going_on("new") == "resume"
+    fill_status(path, "finished")
+    assert RunFolder(path).going_on("new") is None
+
+
+def test_a_run_that_dies_before_it_overwrites_another_does_not_go_on_with_that_one(tmp_path):
+    path = tmp_path / "run"
+    fill(path, "finished")
+    with RunFolder.open(path, "overwrite"):
+        pass  # it dies while it loads
+    assert RunFolder(path).going_on("overwrite") == "overwrite"
+    with RunFolder.open(path, "overwrite") as run:
+        run.clear()
+        run.checkpoints.save(1, lambda path: (path / "x").write_text("x"))
+        run.write_status("running", 1)
+    assert RunFolder(path).going_on("overwrite") == "resume"
+
+
+def test_a_run_that_was_not_overwritten_after_all_can_be_resumed(tmp_path):
+    path = tmp_path / "run"
+    fill(path, "running")
+    for mode in ("overwrite", "resume"):
+        with RunFolder.open(path, mode):
+            pass
+    assert RunFolder(path).going_on("overwrite") == "resume"
+
+
+def fill_status(path, state):
+    with RunFolder.open(path, "resume") as run:
+        run.write_status(state, 3)

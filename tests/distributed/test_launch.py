@@ -1,144 +1,140 @@
-"""Starting the processes of a run: what is refused, and what a person sees and gets back."""
+"""What becomes of a run of several processes, by what happens to them. The runs are toys: see `toy.py`."""
 
-import json
 import os
 import signal
 import socket
-import time
+import sys
 
 import pytest
-from commands import refused
-from launching import QUANTUNE, TORCHRUN, alive, finish, log, ran, recipe, started, steps_done, until, worker
+from launching import launched, wait_until
 
-from quantune.distributed.launch import Nodes, local_processes
-from quantune.errors import InputError
-from quantune.recipe.schema import DistributedConfig
+from quantune.distributed.launch import Nodes
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+]
 
 
-def test_auto_is_one_process_where_there_is_no_gpu():
-    assert local_processes(DistributedConfig(), "cpu") == 1
-    assert local_processes(DistributedConfig(processes=3), "cpu") == 3
+def test_rank_0_speaks_and_the_others_write_to_logs(tmp_path):
+    run = launched(tmp_path, processes=3, steps=2)
+    assert run.ended() == 0
+    assert run.said().splitlines() == ["importing", "attempt 0, step 1", "attempt 0, step 2"]
+    for rank in (1, 2):
+        header, *lines = run.log(rank).splitlines()
+        assert header.startswith("--- attempt 0, process ") and lines == run.said().splitlines()
+
+
+def test_a_worker_that_is_killed_is_started_again_with_the_others(tmp_path):
+    run = launched(tmp_path, restarts=1, steps=3, fault={"rank": 1, "step": 2, "do": "die", "attempts": 1})
+    assert run.ended() == 0 and run.fired() == ["1-0"]
+    assert "attempt 1, step 3" in run.said() and run.errors() == []
+    assert [line for line in run.log(1).splitlines() if line.startswith("---")][1].startswith("--- attempt 1, ")
+
+
+def test_a_worker_that_dies_once_too_often_is_named_with_its_signal(tmp_path):
+    run = launched(tmp_path, restarts=1, fault={"rank": 1, "step": 2, "do": "die"})
+    assert run.ended() == 7 and run.fired() == ["1-0", "1-1"]
+    (error,) = run.errors()
+    assert error.startswith("error: rank 1 (process ") and "was killed by SIGKILL" in error
+    assert "the last of 2 attempts. --resume goes on from the last checkpoint" in error
 
 
 @pytest.mark.parametrize(
-    ("given", "sentence"),
+    ("fault", "exit_code", "said"),
     [
-        pytest.param({"count": 2}, "--nodes needs --rendezvous HOST:PORT", id="no rendezvous"),
-        pytest.param({"rank": 1}, "give --nodes as well", id="a rank alone"),
-        pytest.param({"rendezvous": "host:29500"}, "give --nodes as well", id="a rendezvous alone"),
-        pytest.param({"count": 2, "rank": 2, "rendezvous": "host:29500"}, "from 0 to 1, found 2", id="rank"),
-        pytest.param({"count": 2, "rendezvous": "host"}, "HOST:PORT, found host", id="no port"),
-        pytest.param({"count": 2, "rendezvous": ":29500"}, "HOST:PORT, found :29500", id="no host"),
-        pytest.param({"count": 2, "rendezvous": "host:70000"}, "HOST:PORT, found host:70000", id="port too high"),
-        pytest.param({"count": 2, "rendezvous": "host:0"}, "HOST:PORT, found host:0", id="no fixed port"),
-        pytest.param({"count": 2, "rendezvous": "tcp://host:1"}, "HOST:PORT, found tcp://host:1", id="a URL"),
+        ({"rank": 1, "step": 2, "do": "not finite"}, 4, "error: rank 1: the loss is NaN"),
+        ({"rank": "all", "step": 2, "do": "data error"}, 2, "error: row 3 has no text"),
+        ({"rank": 0, "do": "data error"}, 2, "error: row 3 has no text"),  # the others wait for it to come
+        ({"rank": 1, "step": 2, "do": "bug"}, 70, "bug: rank 1: quantune ended on an error that it should have"),
     ],
 )
-def test_machines_that_can_not_find_each_other_are_refused(given, sentence):
-    with pytest.raises(InputError, match=sentence):
-        Nodes(**given)
+def test_the_first_error_is_shown_once_is_the_exit_code_and_starts_nothing_again(tmp_path, fault, exit_code, said):
+    run = launched(tmp_path, restarts=3, fault=fault)
+    assert run.ended() == exit_code
+    assert all(name.endswith("-0") for name in run.fired()) and run.fired()
+    (error,) = run.errors()
+    assert error.startswith(said)
+    assert run.said().count("Traceback") == (exit_code == 70)
+    assert run.workers() == []
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        (["--processes", "0"], "[distributed.processes]"),
-        (["--processes", "two"], "[distributed.processes]"),
-        (["--processes", "2", "--nodes", "2"], "--nodes needs --rendezvous HOST:PORT"),
-        (["--nodes", "0"], "--nodes"),
-    ],
-)
-def test_what_makes_no_world_is_refused_before_anything_is_started(tmp_path, options, sentence):
-    assert sentence in refused("run", str(recipe(tmp_path)), *options)
-    assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize(("fault", "what"), [("freeze", "has stopped altogether"), ("hang", "has been at")])
+def test_a_rank_that_hangs_is_named_and_ended(tmp_path, fault, what):
+    run = launched(tmp_path, timeout=5, fault={"rank": 1, "step": 2, "do": fault})
+    assert run.ended() == 7 and run.fired() == ["1-0"]
+    named, ended = run.errors()
+    assert named.startswith("error: rank 1 (process ") and what in named and "the others wait for it" in named
+    assert "rank 1" in ended and "was ended because it hung" in ended
+    assert run.workers() == []
 
 
-def test_a_launched_process_is_not_told_of_machines(tmp_path):
-    machines = ["--nodes", "2", "--rendezvous", "host:29500"]
-    said = refused("run", str(recipe(tmp_path)), *machines, RANK="0", WORLD_SIZE="1")
-    assert "a launcher has started this process already" in said
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_launcher_that_is_asked_to_stop_lets_all_ranks_agree_on_a_step_and_save(tmp_path, number):
+    run = launched(tmp_path, steps=10_000, seconds=0.05)
+    run.wait_for("step 2")
+    run.send(number)
+    assert run.ended() == 75
+    stopped = {(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)}
+    assert len(stopped) == 1
+    assert run.errors() == [f"interrupted: stopped after step {stopped.pop()} and saved"]
+    assert ("Ctrl-C again aborts at once" in run.said()) == (number == signal.SIGINT)
 
 
-@pytest.mark.slow
-def test_rank_0_speaks_and_the_others_have_logs(tmp_path):
-    code, out, err = ran(*QUANTUNE, "run", recipe(tmp_path), "--processes", 2, "--json")
-    assert code == 0, err
-    assert json.loads(out)["steps"] == 4
-    assert err.count("step 1/4") == 1 and "shared by 2 processes" in err
-    assert log(tmp_path / "run", 1).startswith("--- attempt 0, process ")
+def test_one_worker_that_is_asked_to_stop_is_enough(tmp_path):
+    run = launched(tmp_path, steps=10_000, seconds=0.05, restarts=3, fault={"rank": 1, "step": 2, "do": "be asked"})
+    assert run.ended() == 75 and run.fired() == ["1-0"]
+    assert (tmp_path / "saved-0").read_text() == (tmp_path / "saved-1").read_text()
 
 
-@pytest.mark.slow
-def test_torchrun_and_srun_start_the_same_run(tmp_path):
-    path, run = recipe(tmp_path, processes=3), tmp_path / "run"
-    code, out, err = ran(*TORCHRUN, "--nproc-per-node", 2, "-m", "quantune", "run", path)
-    assert code == 0 and out.startswith("4 steps"), err
-    assert "[distributed] processes = 3 has no effect: the launcher started 2 here" in err
-    adapter = (run / "adapter" / "adapter_model.safetensors").read_bytes()
-    (code, out, err), other = srun(path, "--overwrite")
-    assert code == 0 and out.startswith("4 steps"), err
-    assert other == (0, "", "") and (run / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
+def test_a_run_that_is_asked_to_stop_while_it_imports_stops_before_training(tmp_path):
+    run = launched(tmp_path, restarts=3)
+    run.wait_for("importing")
+    run.send(signal.SIGTERM)
+    assert run.ended() == 75
+    assert "step 1" not in run.said()
+    (error,) = run.errors()
+    assert "stopped before the first step; nothing had to be saved" in error
 
 
-def srun(path, *options):
-    """What both tasks of a step give back."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    step = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost"}
-    tasks = [{**step, "MASTER_PORT": str(port), "SLURM_NODEID": "0"} for _ in range(2)]
-    for rank, task in enumerate(tasks):
-        task.update(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
-    command = [*QUANTUNE, "run", path, *options]
-    with started(command, tasks[0]) as first, started(command, tasks[1]) as second:
-        return finish(first), finish(second)
+def test_a_second_ctrl_c_aborts_at_once_and_leaves_no_process(tmp_path):
+    run = launched(tmp_path, steps=10_000, seconds=30.0)
+    run.wait_for("importing")
+    wait_until(lambda: run.workers() != [], "there were no workers")
+    run.send(signal.SIGINT)
+    run.wait_for("Ctrl-C again aborts at once")
+    run.send(signal.SIGINT)
+    assert run.ended() == 130
+    assert run.workers() == []
+    assert run.said().splitlines()[-1].startswith("aborted:")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["quantune", "srun"])
-def test_an_error_on_one_rank_is_said_once_with_its_rank_and_is_not_tried_again(tmp_path, launcher):
-    """Rank 1 can't write its log, before the ranks have met."""
-    (tmp_path / "run" / "logs" / "rank-1.log").mkdir(parents=True)
-    path = recipe(tmp_path)
-    ends = [ran(*QUANTUNE, "run", path, "--processes", 2)] if launcher == "quantune" else srun(path)
-    said = "".join(err for _, _, err in ends)
-    assert [code for code, _, _ in ends] == [1] * len(ends)
-    assert said.count("error:") == 1 and "error: rank 1: " in said and "rank-1.log: Is a directory" in said
-    assert "Traceback" not in said and "started again" not in said
+def test_workers_end_with_their_launcher(tmp_path):
+    run = launched(tmp_path, steps=10_000, seconds=0.05)
+    run.wait_for("step 1")
+    assert len(run.workers()) == 2
+    run.send(signal.SIGKILL)
+    assert run.ended() == -signal.SIGKILL
+    wait_until(lambda: run.workers() == [], "workers went on without their launcher")
 
 
-@pytest.mark.slow
-def test_sigterm_to_the_launcher_ends_all_ranks_at_one_step(tmp_path):
-    run = tmp_path / "run"
-    with started([*QUANTUNE, "run", recipe(tmp_path, steps=2000), "--processes", 2]) as launcher:
-        until(lambda: steps_done(run) >= 2, launcher)
-        workers = [worker(run, rank) for rank in (0, 1)]
-        launcher.send_signal(signal.SIGTERM)
-        code, _, err = finish(launcher)
-    assert code == 75 and err.count("interrupted:") == 1, err
-    assert json.loads((run / "status.json").read_text()) == {"state": "interrupted", "step": steps_done(run)}
-    assert not any(alive(process) for process in workers)
+def test_a_launcher_that_waits_for_another_machine_can_be_interrupted(tmp_path):
+    run = launched(tmp_path, nodes=Nodes(count=2, rank=0, rendezvous="localhost:29917"))
+    wait_until(lambda: _listens(29917), "the launcher did not open its port")
+    run.send(signal.SIGINT)
+    assert run.ended() == 75
+    assert run.errors() == ["interrupted: stopped while waiting for the other machines; the same command goes on"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("how", ["its launcher is killed", "Ctrl-C twice"])
-def test_no_worker_is_left_when(tmp_path, how):
-    run = tmp_path / "run"
-    with started([*QUANTUNE, "run", recipe(tmp_path, steps=2000), "--processes", 2]) as launcher:
-        until(lambda: steps_done(run) >= 1, launcher)
-        workers = [worker(run, rank) for rank in (0, 1)]
-        assert all(alive(process) for process in workers)
-        if how == "Ctrl-C twice":
-            os.kill(workers[1], signal.SIGSTOP)  # or the ranks would have agreed on a step to stop at by then
-            launcher.send_signal(signal.SIGINT)
-            time.sleep(0.5)
-            launcher.send_signal(signal.SIGINT)
-        else:
-            launcher.kill()
-        code, _, err = finish(launcher)
-    assert code == (130 if how == "Ctrl-C twice" else -signal.SIGKILL), err
-    assert how != "Ctrl-C twice" or err.splitlines()[-1] == "aborted"
-    begun = time.monotonic()
-    while any(alive(process) for process in workers):
-        assert time.monotonic() - begun < 10
-        time.sleep(0.05)
+def _listens(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("localhost", port)) == 0
+
+
+def test_nothing_is_left_behind_in_the_temporary_folder(tmp_path, monkeypatch):
+    places = tmp_path / "temporary"
+    places.mkdir()
+    monkeypatch.setenv("TMPDIR", str(places))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    assert launched(tmp_path, steps=1).ended() == 0
+    assert os.listdir(places) == []

@@ -1,80 +1,97 @@
-"""Two machines, each a network namespace with an interface of its own, joined by a cable."""
+"""Runs on two machines: network namespaces on this one, with a cable between them."""
 
-import contextlib
+import ctypes
 import os
-import shutil
-import signal
 import subprocess
+import sys
+from functools import partial
 
 import pytest
-from launching import QUANTUNE, finish, log, recipe, started, steps_done, until, worker
-from ranks import on_ranks
-from support import Silent
+from launching import launched, wait_until
 
-from quantune.checkpoint.run_folder import RunFolder
-from quantune.cli.recipes import open_recipe
-from quantune.training.run import train
+from quantune.distributed.launch import Nodes
 
-ADDRESSES = ("10.77.0.1", "10.77.0.2")
-HELD = ("sleep", "600")
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+RENDEZVOUS = "10.99.0.1:29500"
+SETUP = """
+set -e
+ip link set lo up
+ip link add cable0 type veth peer name cable1 netns {peer}
+ip addr add 10.99.0.1/24 dev cable0
+ip link set cable0 up
+nsenter --target {peer} --net ip link set lo up
+nsenter --target {peer} --net ip addr add 10.99.0.2/24 dev cable1
+nsenter --target {peer} --net ip link set cable1 up
+"""
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def machines():
-    """What to put before a command to run it on either machine."""
-    if not (shutil.which("unshare") and shutil.which("nsenter") and shutil.which("ip")):
-        pytest.skip("needs unshare, nsenter (util-linux) and ip (iproute2)")
-    if subprocess.run(["unshare", "-rn", "true"], capture_output=True).returncode:
-        pytest.skip("this system does not let users make network namespaces")
-    with contextlib.ExitStack() as stack:
-        first = stack.enter_context(started(["unshare", "-rn", *HELD]))
-        until(lambda: _comm(first) == "sleep", first)
-        inside = ["nsenter", "--preserve-credentials", "-t", str(first.pid), "-U"]
-        second = stack.enter_context(started([*inside, "-n", "unshare", "-n", *HELD]))
-        until(lambda: _comm(second) == "sleep", second)
-        at = [[*inside, f"--net=/proc/{process.pid}/ns/net"] for process in (first, second)]
-        subprocess.run(
-            [*at[0], "ip", "link", "add", "cable0", "type", "veth", "peer", "cable1", "netns", str(second.pid)],
-            check=True,
+    """Processes that hold the namespaces of two machines open."""
+    if sys.platform != "linux":
+        pytest.skip("network namespaces are Linux'")
+    first = subprocess.Popen(["unshare", "--user", "--map-root-user", "--net", "sleep", "1000"])
+    within = ["nsenter", "--target", str(first.pid), "--user", "--net", "--preserve-credentials"]
+    holders = [first]
+    try:
+        _require(lambda: _has_own_network(first.pid), "this system allows no network namespaces")
+        second = subprocess.Popen([*within, "unshare", "--net", "sleep", "1000"])
+        holders.append(second)
+        _require(lambda: _has_own_network(second.pid, first.pid), "this system allows no second network namespace")
+        done = subprocess.run(
+            [*within, "sh", "-c", SETUP.format(peer=second.pid)], capture_output=True, text=True, check=False
         )
-        for number, address in enumerate(ADDRESSES):
-            for words in (
-                ["addr", "add", f"{address}/24", "dev", f"cable{number}"],
-                ["link", "set", f"cable{number}", "up"],
-                ["link", "set", "lo", "up"],
-            ):
-                subprocess.run([*at[number], "ip", *words], check=True)
-        yield at
+        if done.returncode:
+            pytest.skip(f"this system allows no virtual cable: {done.stderr.strip()}")
+        yield [holder.pid for holder in holders]
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.wait()
 
 
-def _comm(process):
-    with open(f"/proc/{process.pid}/comm") as file:
-        return file.read().strip()
+def _has_own_network(process, *others):
+    networks = {os.stat(f"/proc/{one}/ns/net").st_ino for one in ("self", *others)}
+    return os.stat(f"/proc/{process}/ns/net").st_ino not in networks
 
 
-def several(path, number, *more):
-    """The command of one of the machines."""
-    return [*QUANTUNE, "run", path, "--nodes", 2, "--node-rank", number, "--rendezvous", f"{ADDRESSES[0]}:29511", *more]
+def _require(holds, otherwise):
+    try:
+        wait_until(holds, otherwise, patience=5)
+    except (AssertionError, OSError):
+        pytest.skip(otherwise)
 
 
-def adapter(folder):
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+def move_to(holder):
+    """Have this process on a machine."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for kind in ("user", "net"):
+        with open(f"/proc/{holder}/ns/{kind}") as namespace:
+            assert libc.setns(namespace.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
 
 
-def _train(world, recipe, folder):
-    folder.mkdir(exist_ok=True)
-    train(recipe, RunFolder(folder), Silent(), world=world)
+def launched_on(machines, folder, **toy):
+    """The same command on each machine, all with one folder, as on a file system that they share."""
+    runs = []
+    for rank, holder in enumerate(machines):
+        nodes = Nodes(count=2, rank=rank, rendezvous=RENDEZVOUS)
+        output = f"output-{rank}"
+        runs.append(launched(folder, processes=1, nodes=nodes, output=output, begin=partial(move_to, holder), **toy))
+    return runs
 
 
-@pytest.mark.slow
-def test_a_worker_that_dies_on_one_machine_is_started_again_on_both(machines, tmp_path):
-    path, run = recipe(tmp_path, steps=12), tmp_path / "run"
-    with started([*machines[0], *several(path, 0)]) as first, started([*machines[1], *several(path, 1)]) as second:
-        until(lambda: steps_done(run) >= 3, first)
-        os.kill(worker(run, 1), signal.SIGKILL)
-        (code, out, err), other = finish(first), finish(second)
-    assert (code, other) == (0, (0, "", ""))
-    assert "a process died: started again, the first time" in err
-    assert log(run, 1).count("--- attempt") == 2 and out.startswith("12 steps")
-    on_ranks(2, _train, open_recipe(path, ()), tmp_path / "one machine")
-    assert adapter(run) == adapter(tmp_path / "one machine")
+def test_two_machines_train_together_and_start_again_together(machines, tmp_path):
+    fault = {"rank": 1, "step": 2, "do": "die", "attempts": 1}
+    first, second = launched_on(machines, tmp_path, steps=3, restarts=1, fault=fault)
+    assert (first.ended(), second.ended()) == (0, 0)
+    assert first.fired() == ["1-0"]
+    assert "attempt 1, step 3" in first.said() and "attempt 1, step 3" in first.log(1)
+    assert "step" not in second.said()  # rank 0 speaks, on the first machine
+
+
+def test_an_error_on_one_machine_ends_the_run_on_both(machines, tmp_path):
+    fault = {"rank": 1, "step": 2, "do": "not finite"}
+    first, second = launched_on(machines, tmp_path, steps=3, restarts=1, fault=fault)
+    assert (first.ended(), second.ended()) == (4, 4)
+    assert first.fired() == ["1-0"]
+    assert first.errors() == [] and second.errors() == ["error: rank 1: the loss is NaN"]

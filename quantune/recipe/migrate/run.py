@@ -15,25 +15,26 @@ from quantune.recipe.migrate.rule import (
     refused,
     same,
     translate,
+    write,
 )
 from quantune.recipe.migrate.rule import value as takes
 from quantune.recipe.migrate.training import checkpointed
-from quantune.recipe.migrate.values import is_off, text, whole
+from quantune.recipe.migrate.values import flag, is_off, number, text, whole
 
-_SHARDING = "this version trains in one process; when it trains in several, blocks are sharded with FSDP2 by themselves"
+_SHARDED = "with several processes, every block is sharded among all of them with FSDP2 by itself"
+_GATHERED = "a block is gathered when it is needed and given up again, as FSDP2 orders it"
+_WRITTEN_WHOLE = "the adapter and the checkpoints are written whole, whatever the number of processes"
+_COUNTED = "[distributed] processes, torchrun or srun says how many processes there are"
+_NO_DDP = "no process keeps the whole model, so that DDP's settings have no counterpart"
 _TRACKERS = "quantune sends nothing anywhere; metrics.jsonl in the run folder has every step"
 
 
-_SHARDS_THE_OPTIMIZER = (
-    ". ZeRO 1 and 2 shard the optimizer: in FSDP2 that is fsdp_config: {reshard_after_forward: false} with "
-    "fsdp_version: 2"
-)
-_FSDP2 = {
-    "1": _SHARDS_THE_OPTIMIZER,
-    "2": _SHARDS_THE_OPTIMIZER,
-    "3": ". ZeRO 3 shards everything: in FSDP2 that is fsdp_config: {reshard_after_forward: true} with fsdp_version: 2",
+_STAGES = {
+    "1": ". ZeRO 1 shards the optimizer; quantune shards the weights too",
+    "2": ". ZeRO 2 shards the optimizer and the gradients; quantune shards the weights too",
+    "3": ". ZeRO 3 shards everything, as quantune does",
 }
-"""What a stage of ZeRO is in FSDP2."""
+"""What a stage of ZeRO is beside what quantune does."""
 
 
 def _both(*keys: str) -> tuple[str, ...]:
@@ -44,8 +45,9 @@ def _both(*keys: str) -> tuple[str, ...]:
 def _deepspeed(leaf: Leaf) -> Outcome:
     if is_off(leaf.value):
         return same()
-    equivalent = _FSDP2.get(_stage(leaf.config.get("deepspeed")), "")
-    return refuse(f"quantune has no DeepSpeed{equivalent}; {_SHARDING}, so leave it out")
+    given = leaf.config.get("deepspeed")
+    offload = ", and write [distributed] cpu_offload = true" if _offloads(given) else ""
+    return refuse(f"quantune has no DeepSpeed{_STAGES.get(_stage(given), '')}: {_SHARDED}. Leave it out{offload}")
 
 
 def _stage(deepspeed: Any) -> str:
@@ -54,15 +56,64 @@ def _stage(deepspeed: Any) -> str:
         zero = deepspeed.get("zero_optimization")
         said = str(zero.get("stage")) if isinstance(zero, dict) else ""
     else:
-        named = re.search(r"zero[-_]?([123])", str(deepspeed).lower())
+        named = re.search(r"(?:zero|_z)[-_]?([123])", str(deepspeed).lower())
         said = named[1] if named else ""
     return said
 
 
+def _offloads(deepspeed: Any) -> bool:
+    """Whether a DeepSpeed config keeps weights or the optimizer in the CPU's memory."""
+    zero = deepspeed.get("zero_optimization") if isinstance(deepspeed, dict) else None
+    places = [zero.get(key) for key in ("offload_param", "offload_optimizer")] if isinstance(zero, dict) else []
+    return any(isinstance(place, dict) and place.get("device") == "cpu" for place in places)
+
+
+def _options(fsdp: Any) -> list[str]:
+    """The options of `fsdp`, which stand in a list or in one text."""
+    options = fsdp if isinstance(fsdp, list) else re.split(r"[\s,]+", str(fsdp))
+    return [str(option).strip().lower() for option in options]
+
+
 def _offload(leaf: Leaf) -> Outcome:
+    """`offload_params`, with the prefix or without, or among the options of `fsdp`; they have to agree."""
+    config = leaf.config.get("fsdp_config")
+    keys = ("offload_params", "fsdp_offload_params") if isinstance(config, dict) else ()
+    said = {flag(config[key]) for key in keys if config.get(key) is not None}
+    if "offload" in _options(leaf.config.get("fsdp")):
+        said.add(True)
+    if len(said) > 1:
+        return refuse("it is on in one place and off in another of fsdp and fsdp_config; leave one of them")
+    return write("distributed.cpu_offload", True) if True in said else same()
+
+
+def _fsdp(leaf: Leaf) -> Outcome:
     if is_off(leaf.value):
         return same()
-    return refuse("the packed base stays on its device, a quarter of its size; leave it out")
+    options = _options(leaf.value)
+    if "offload" in options:
+        return _offload(leaf)
+    if "no_shard" in options:
+        return drop(f"no_shard left the whole model on every process; {_SHARDED}")
+    return drop(_SHARDED)
+
+
+def _version(leaf: Leaf) -> Outcome:
+    return same("quantune uses FSDP2") if whole(leaf.value) == 2 else drop("quantune uses FSDP2, its successor")
+
+
+def _reshard(leaf: Leaf) -> Outcome:
+    if isinstance(leaf.value, str) and leaf.value.upper().endswith(("_SHARD", "_OP", "_ZERO2")):
+        return drop(_SHARDED)  # of FSDP1, where it has the names of sharding strategies
+    if flag(leaf.value):
+        return same("each block is given up again after the forward pass")
+    return drop("each block is given up again after the forward pass, which takes more traffic and less memory")
+
+
+def _timeout(leaf: Leaf) -> Outcome:
+    seconds = number(leaf.value)
+    if seconds <= 0:
+        return same()
+    return write("distributed.timeout", seconds, "seconds until a process that makes no progress is named")
 
 
 def _one(leaf: Leaf) -> Outcome:
@@ -87,37 +138,44 @@ RULES: tuple[Rule, ...] = (
     ),
     translate("save_safetensors", to="what quantune does anyway", by=_safe),
     translate(*_both("activation_checkpointing"), to="`training.activation_checkpointing`", by=checkpointed),
-    translate(*_both("offload_params"), to="nothing, when it is off", by=_offload),
+    translate(*_both("offload_params"), to="`distributed.cpu_offload`", by=_offload),
+    translate("fsdp", to="`distributed.cpu_offload`, where it has `offload`; the rest is not needed", by=_fsdp),
+    translate("fsdp_version", *_both("version"), to="FSDP2, which quantune uses", by=_version),
+    translate(*_both("reshard_after_forward"), to="what quantune does, when it is true", by=_reshard),
     dropped(
-        "fsdp",
-        "fsdp_version",
-        "fsdp_final_state_dict_type",
-        *_both(
-            "version",
-            "sharding_strategy",
-            "auto_wrap_policy",
-            "transformer_layer_cls_to_wrap",
-            "min_num_params",
-            "reshard_after_forward",
-            "state_dict_type",
-            "final_state_dict_type",
-            "cpu_ram_efficient_loading",
-            "cpu_offload_pin_memory",
-            "sync_module_states",
-            "use_orig_params",
-            "limit_all_gathers",
-            "forward_prefetch",
-            "backward_prefetch",
-            "mixed_precision_policy",
-        ),
-        because=_SHARDING,
+        *_both("sharding_strategy", "auto_wrap_policy", "transformer_layer_cls_to_wrap", "min_num_params"),
+        "dp_shard_size",
+        "dp_replicate_size",
+        because=_SHARDED,
     ),
+    dropped(
+        *_both("cpu_ram_efficient_loading", "sync_module_states"),
+        because="each process reads and packs its own share of the base, and none holds all of it",
+    ),
+    dropped(
+        "fsdp_final_state_dict_type",
+        *_both("state_dict_type", "final_state_dict_type"),
+        because=_WRITTEN_WHOLE,
+    ),
+    dropped(*_both("limit_all_gathers", "forward_prefetch", "backward_prefetch"), because=_GATHERED),
+    dropped(*_both("use_orig_params"), because="FSDP2 has no flat parameters, each keeps its name"),
+    dropped(*_both("cpu_offload_pin_memory"), because="what is offloaded is pinned where there is a GPU"),
+    dropped(*_both("mixed_precision_policy"), because="training.precision says what is computed in"),
     Rule(
         keys=("deepspeed", "deepspeed.**"),
         treatment="refuse",
-        meaning="quantune has no DeepSpeed; the counterpart in FSDP2 is shown",
+        meaning="quantune has no DeepSpeed; what a stage of ZeRO is beside FSDP2 is shown",
         apply=_deepspeed,
     ),
+    translate("ddp_timeout", to="`distributed.timeout`", by=_timeout),
+    dropped(
+        "ddp",
+        "ddp_bucket_cap_mb",
+        "ddp_broadcast_buffers",
+        "ddp_find_unused_parameters",
+        because=_NO_DDP,
+    ),
+    dropped("local_rank", "world_size", because=_COUNTED),
     translate(
         "tensor_parallel_size",
         "context_parallel_size",
@@ -127,8 +185,6 @@ RULES: tuple[Rule, ...] = (
         by=_one,
     ),
     dropped(
-        "dp_shard_size",
-        "dp_replicate_size",
         "heads_k_stride",
         "ring_attn_func",
         "expert_parallel_backend",
@@ -136,16 +192,9 @@ RULES: tuple[Rule, ...] = (
         "expert_parallel_num_rdma_bytes",
         "expert_parallel_token_capacity",
         "expert_parallel_fallback_on_unsupported",
-        "ddp",
-        "ddp_timeout",
-        "ddp_bucket_cap_mb",
-        "ddp_broadcast_buffers",
-        "ddp_find_unused_parameters",
         "deepcompile",
         "accelerator_config",
         "accelerator_config.**",
-        "local_rank",
-        "world_size",
         "use_ray",
         "ray_run_name",
         "ray_num_workers",

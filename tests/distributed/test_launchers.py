@@ -1,0 +1,118 @@
+"""Runs that torchrun or srun starts. The runs are toys: see `toy.py`."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from launching import PATIENCE, TOY
+
+from quantune.distributed.environment import adopt_slurm
+from quantune.errors import InputError
+
+
+def slurm(rank, size, **others):
+    """What srun tells a task."""
+    return {
+        "SLURM_PROCID": str(rank),
+        "SLURM_LOCALID": str(rank),
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_NUM_TASKS": str(size),
+        "SLURM_STEP_TASKS_PER_NODE": str(size),
+        "SLURM_STEP_NODELIST": "localhost",
+        **others,
+    }
+
+
+def under_srun(folder, size, **toy):
+    """Start a toy run's processes as srun would; returns their exit codes, and what rank 0 and the others said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, TOY, json.dumps(toy)],
+            cwd=folder,
+            env={**os.environ, **slurm(rank, size, MASTER_PORT=port)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    said = [process.communicate(timeout=PATIENCE)[1] for process in processes]
+    return [process.returncode for process in processes], said
+
+
+def test_tasks_of_srun_find_each_other(tmp_path):
+    codes, said = under_srun(tmp_path, 2, steps=2)
+    assert codes == [0, 0]
+    assert "step 2" in said[0] and said[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [({"rank": 0, "do": "data error"}, 2), ({"rank": 1, "step": 2, "do": "not finite"}, 4)],  # rank 0 hosts the store
+)
+def test_tasks_of_srun_end_with_the_exit_code_of_the_first_error(tmp_path, fault, code):
+    codes, said = under_srun(tmp_path, 2, fault=fault)
+    assert codes == [code, code]
+    assert ["error:" in text for text in said] == [fault["rank"] == 0, fault["rank"] == 1]
+
+
+def test_torchrun_starts_the_processes_itself(tmp_path):
+    fault = {"rank": 1, "step": 2, "do": "die", "attempts": 1}
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", TOY]
+    done = subprocess.run(
+        [*map(str, command), json.dumps({"steps": 3, "fault": fault})],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "fired-1-0").exists() and "attempt 1, step 3" in done.stderr
+
+
+def test_a_task_of_srun_is_told_its_place():
+    environment = slurm(
+        3,
+        6,
+        SLURM_LOCALID="1",
+        SLURM_NODEID="1",
+        SLURM_STEP_TASKS_PER_NODE="2(x3)",
+        SLURM_STEP_NODELIST="gpu[07-09]",
+        SLURM_JOB_ID="4711",
+    )
+    adopt_slurm(environment)
+    place = {
+        name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+    }
+    assert place == dict(RANK="3", WORLD_SIZE="6", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="gpu07")
+    others = {**slurm(0, 6), "SLURM_JOB_ID": "4711"}
+    adopt_slurm(others)
+    assert others["MASTER_PORT"] == environment["MASTER_PORT"]
+
+
+def test_a_task_that_sees_its_own_gpu_alone_takes_the_first():
+    environment = slurm(1, 2, CUDA_VISIBLE_DEVICES="3")
+    adopt_slurm(environment)
+    assert environment["LOCAL_RANK"] == "0" and environment["RANK"] == "1"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [{}, {"SLURM_NTASKS": "4"}, slurm(0, 1), {**slurm(0, 2), "RANK": "5", "WORLD_SIZE": "8"}],
+    ids=["no Slurm", "an allocation", "one task", "a launcher in a task"],
+)
+def test_what_is_no_task_among_several_is_left_alone(environment):
+    before = dict(environment)
+    adopt_slurm(environment)
+    assert environment == before
+
+
+def test_srun_has_to_name_its_nodes():
+    with pytest.raises(InputError, match="found nothing; set MASTER_ADDR"):
+        adopt_slurm({**slurm(0, 2), "SLURM_STEP_NODELIST": ""})
