@@ -75,7 +75,7 @@ def test_tokens_that_changed_name_the_key_that_reads_the_same_files_otherwise():
         return {**RECIPE, "data": {"max_length": 8, "train": [{"path": "a.jsonl", "limit": limit}]}}
 
     before = attrs.evolve(RUN, resolved=reading(9))
-    now = attrs.evolve(RUN, resolved=reading(5), fingerprints={TOKENS: "other"})
+    now = attrs.evolve(RUN, resolved=reading(5), fingerprints={**RUN.fingerprints, TOKENS: "other"})
     with pytest.raises(ResumeError, match=r"\(data.train\[0\].limit was 9, is 5; the tokens"):
         require_same(before, now, what="step-00000004")
 
