@@ -174,7 +174,7 @@ def end(error: BaseException, meaning: Meaning) -> int:
     board: Board | None
     try:
         board = Board(world, SECONDS_TO_HEAR, host=hosts_store(world) and not keeps_store())
-        first = _wait_for_first(board, SECONDS_TO_HEAR if lost else DEFERENCE if world.rank else 0.0)
+        first = _wait_for_first(board, lost * SECONDS_TO_HEAR + (world.rank > 0) * DEFERENCE)
         if first is None and not (lost and _one_is_gone()):
             first = board.claim(mine)
     except (dist.DistError, RuntimeError):  # the store is gone, with the launcher or rank 0, which has spoken

@@ -8,7 +8,9 @@ import sys
 import pytest
 from launching import launched, wait_until
 
-from quantune.distributed.launch import Nodes
+from quantune.distributed.launch import Nodes, local_processes
+from quantune.errors import InputError
+from quantune.recipe.schema import DistributedConfig
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
@@ -138,3 +140,27 @@ def test_nothing_is_left_behind_in_the_temporary_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", None)
     assert launched(tmp_path, steps=1).ended() == 0
     assert os.listdir(places) == []
+
+
+def test_auto_is_one_process_where_there_is_no_gpu():
+    assert local_processes(DistributedConfig(), "cpu") == 1
+    assert local_processes(DistributedConfig(processes=3), "cpu") == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        pytest.param({"count": 2}, "--nodes needs --rendezvous HOST:PORT", id="no rendezvous"),
+        pytest.param({"rank": 1}, "give --nodes as well", id="a rank alone"),
+        pytest.param({"rendezvous": "host:29500"}, "give --nodes as well", id="a rendezvous alone"),
+        pytest.param({"count": 2, "rank": 2, "rendezvous": "host:29500"}, "from 0 to 1, found 2", id="rank"),
+        pytest.param({"count": 2, "rendezvous": "host"}, "HOST:PORT, found host", id="no port"),
+        pytest.param({"count": 2, "rendezvous": ":29500"}, "HOST:PORT, found :29500", id="no host"),
+        pytest.param({"count": 2, "rendezvous": "host:70000"}, "HOST:PORT, found host:70000", id="port too high"),
+        pytest.param({"count": 2, "rendezvous": "host:0"}, "HOST:PORT, found host:0", id="no fixed port"),
+        pytest.param({"count": 2, "rendezvous": "tcp://host:1"}, "HOST:PORT, found tcp://host:1", id="a URL"),
+    ],
+)
+def test_machines_that_can_not_find_each_other_are_refused(given, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Nodes(**given)
