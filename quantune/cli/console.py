@@ -61,7 +61,8 @@ def meaning(debug: bool, error: BaseException) -> tuple[int, Speak]:
             "[bold yellow]aborted:[/] what was saved before stays; --resume goes on from there"
         )
     if isinstance(error, OSError):  # a disk that is full, an output that is closed
-        error = QuantuneError(f"{error.strerror or error}").with_traceback(error.__traceback__)
+        text = ": ".join(str(word) for word in (error.filename, error.strerror or error) if word)
+        error = QuantuneError(text).with_traceback(error.__traceback__)
     if isinstance(error, QuantuneError):
         return error.exit_code, functools.partial(fail, error, debug)
     return EXIT_BUG, functools.partial(report_bug, error)

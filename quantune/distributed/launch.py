@@ -12,6 +12,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -61,8 +62,13 @@ class Nodes:
             raise InputError("--node-rank and --rendezvous are for several machines: give --nodes as well")
         if not 0 <= self.rank < self.count:
             raise InputError(f"expected --node-rank to be from 0 to {self.count - 1}, found {self.rank}")
-        if self.rendezvous is not None and not self.rendezvous.rpartition(":")[2].isdigit():
+        if self.rendezvous is not None and not _is_host_and_port(self.rendezvous):
             raise InputError(f"expected --rendezvous to be HOST:PORT, found {self.rendezvous}")
+
+
+def _is_host_and_port(text: str) -> bool:
+    found = re.fullmatch(r"(?:[\w.-]+|\[[0-9a-fA-F:]+\]):(\d{1,5})", text)
+    return found is not None and 0 < int(found[1]) < 2**16
 
 
 def local_processes(config: DistributedConfig, device: str) -> int:

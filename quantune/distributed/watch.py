@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from quantune.distributed.environment import attempt
 from quantune.distributed.world import COLLECTIVES, World
+from quantune.errors import EXIT_DIED
 
 LOADING_PATIENCE = 2.0
 """How many timeouts a rank may take for what comes before training."""
@@ -74,6 +75,7 @@ class Board:
         self.world = world
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = dist.TCPStore(address, port, is_master=host, timeout=timedelta(seconds=timeout), wait_for_workers=False)
+        self.attempts = dist.PrefixStore("/attempts", store)
         self.store = dist.PrefixStore(f"/attempt/{attempt()}/watch", store)
 
     def claim(self, failure: Failure) -> Failure:
@@ -85,6 +87,13 @@ class Board:
     def first(self) -> Failure | None:
         """The first failure there was."""
         return Failure(**json.loads(self.store.get("failure"))) if self.store.check(["failure"]) else None
+
+    def superseded(self) -> bool:
+        """Whether a later attempt has begun: the launcher of another machine does not tell this machine's of it."""
+        newest = int(self.attempts.get("newest")) if self.attempts.check(["newest"]) else 0
+        if newest < attempt():
+            self.attempts.set("newest", str(attempt()))
+        return newest > attempt()
 
     def leave(self) -> int:
         """Say that this rank knows how the attempt ends; returns how many do."""
@@ -149,6 +158,8 @@ class Watch:
             board = Board(self.world, self.timeout * self._patience)
             while not self._done.is_set():
                 board.post(self._record())
+                if board.superseded():
+                    self._ended(Failure(rank=self.world.rank, exit_code=EXIT_DIED, final=False), board)
                 failure = board.first()
                 if failure is not None and not self._done.wait(GRACE):
                     self._ended(failure, board)

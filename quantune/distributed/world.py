@@ -112,7 +112,7 @@ def joined(
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if world.size > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
-        interface = interface_towards(os.environ["MASTER_ADDR"])
+        interface = interface_towards(os.environ["MASTER_ADDR"], elsewhere=world.local_size < world.size)
         if interface is not None:  # by itself gloo takes what the host's own name stands for, if it does for anything
             os.environ["GLOO_SOCKET_IFNAME"] = interface
     try:
