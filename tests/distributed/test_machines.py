@@ -58,7 +58,7 @@ def _has_own_network(process, *others):
 
 def _require(holds, otherwise):
     try:
-        wait_until(holds, otherwise, patience=5)
+        wait_until(holds, otherwise, patience=30)
     except (AssertionError, OSError):
         pytest.skip(otherwise)
 
