@@ -145,6 +145,12 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """Flush a file, and that it is there, to the disk."""
+    sync(path)
+    sync(path.parent)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder, and those above it, where they are not there yet; a power loss does not take them back.
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from quantune.checkpoint.commit import sync
+from quantune.checkpoint.commit import sync_file
 from quantune.errors import QuantuneError, RunFolderError
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class History:
     def flush(self) -> None:
         """Put what was added on the disk: a checkpoint must not outlive the steps that led to it."""
         if self.path.exists():
-            sync(self.path)
+            sync_file(self.path)
 
     def rows(self) -> list[dict[str, Any]]:
         """All events. A line that a dying process left half-written is none.

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from quantune.checkpoint.commit import write_file_atomically
+from quantune.checkpoint.commit import sync_file, write_file_atomically
 from quantune.errors import QuantuneError, RunFolderError
 
 
@@ -31,6 +31,11 @@ class MetricsLog:
             raise QuantuneError(
                 f"{self.path} can't be written: {error.strerror}. What is saved is untouched; put that right and resume"
             ) from error
+
+    def flush(self) -> None:
+        """Put what was added on the disk: a checkpoint must not outlive the rows of its steps."""
+        if self.path.exists():
+            sync_file(self.path)
 
     def rows(self) -> list[dict[str, Any]]:
         """All rows; a last line that a dying process left half-written is no row.

@@ -1,4 +1,4 @@
-"""The random number generators of a process, as JSON: python, numpy, torch's CPU and each CUDA device."""
+"""The random number generators of a process, as JSON: python, numpy, torch's CPU and the process's own GPU."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from torch import Tensor
 def capture_rng() -> dict[str, Any]:
     """The state of every generator; CUDA's only when this process has used CUDA."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]  # legacy: a tuple
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    # of the current device alone: the others are those of other processes, and asking would occupy them
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     return {
         "python": random.getstate(),
         "numpy": [name, np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
         "torch": _encode(torch.get_rng_state()),
-        "cuda": [_encode(state) for state in cuda],
+        "cuda": None if cuda is None else _encode(cuda),
     }
 
 
 def restore_rng(saved: Mapping[str, Any]) -> None:
-    """Put every generator back. Devices that only one of the two processes has are let be."""
+    """Put every generator back; that of a GPU where both processes have one."""
     version, internal, gauss = saved["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = saved["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(_decode(saved["torch"]))
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    for index, state in enumerate(saved["cuda"][:devices]):
-        torch.cuda.set_rng_state(_decode(state), index)
+    if saved["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_decode(saved["cuda"]))
 
 
 def seed_rng(*numbers: int) -> None:

@@ -61,8 +61,8 @@ def meaning(debug: bool, error: BaseException) -> tuple[int, Speak]:
             "[bold yellow]aborted:[/] what was saved before stays; --resume goes on from there"
         )
     if isinstance(error, OSError):  # a disk that is full, an output that is closed
-        text = ": ".join(str(word) for word in (error.filename, error.strerror or error) if word)
-        error = QuantuneError(text).with_traceback(error.__traceback__)
+        words = (error.filename, error.strerror or error)
+        error = QuantuneError(": ".join(str(word) for word in words if word)).with_traceback(error.__traceback__)
     if isinstance(error, QuantuneError):
         return error.exit_code, functools.partial(fail, error, debug)
     return EXIT_BUG, functools.partial(report_bug, error)

@@ -72,14 +72,13 @@ def run(
         overrides = [*(overrides or ()), f"distributed.processes={_toml(processes)}"]
     train_here = functools.partial(
         _train,
-        nodes=nodes,
         allow_changes=allow_changes or (),
         allow_remote_code=trust_remote_code,
         as_json=as_json,
     )
     try:
         with StopRequest(warning).listening() as stop:
-            if not worker.enter(adopt=nodes == 1):
+            if not worker.enter(launches=nodes > 1 or rendezvous is not None):
                 return
             told = worker.told_by_another()
             checked = open_recipe(recipe, overrides or (), resume=resume, warned=_unheard if told else warn)
@@ -134,7 +133,6 @@ def _train(
     mode: Mode,
     stop: StopRequest,
     *,
-    nodes: int,
     allow_changes: Sequence[str],
     allow_remote_code: bool,
     as_json: bool,
@@ -149,7 +147,7 @@ def _train(
         world = World.from_environment()
         if attempt():
             observer.warning(f"a process of the run died: this is attempt {attempt() + 1}")
-        for sentence in worker.without_effect(checked.distributed, nodes):
+        for sentence in worker.without_effect(checked.distributed):
             observer.warning(sentence)
         result = train(
             checked,

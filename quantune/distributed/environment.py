@@ -31,6 +31,26 @@ def attempt(environment: Mapping[str, str] = os.environ) -> int:
     return int(environment.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
+def meeting_point(environment: Mapping[str, str] = os.environ) -> tuple[str, int]:
+    """Host and port of the store where the processes of this world meet.
+
+    Raises:
+        InputError: the launcher does not say.
+    """
+    try:
+        return environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    except (KeyError, ValueError) as error:
+        raise InputError(
+            "expected the launcher to say in MASTER_ADDR and MASTER_PORT where the processes meet, found "
+            f"{environment.get('MASTER_ADDR', 'no MASTER_ADDR')} and {environment.get('MASTER_PORT', 'no MASTER_PORT')}"
+        ) from error
+
+
+def launcher_has_store(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether the launcher has that store; otherwise rank 0 does."""
+    return environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def adopt_slurm(environment: MutableMapping[str, str] = os.environ) -> None:
     """Say in torch's words what srun says in its own, where it started several tasks and no other launcher did.
 

@@ -2,7 +2,7 @@
 
 outcome.json   how the run ended for good, by the first worker that knew: it is not to be started again
 launcher       its process id
-process-N      the process id of local rank N, for signals that the launcher passes on
+process-N      the process id of local rank N and its attempt, for signals that the launcher passes on
 hung-ID        a worker was ended because it hung
 stop           the launcher was asked to stop, perhaps before a worker could be told
 
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import attrs
 
+from quantune.distributed.environment import attempt
 from quantune.errors import EXIT_DIED
 
 FOLDER = "QUANTUNE_LAUNCH"
@@ -63,7 +64,7 @@ class LaunchFolder:
             if os.getppid() != self.launcher():  # it died before it could be waited for
                 os._exit(EXIT_DIED)
         partial = self.path / f"process-{local_rank}.new"
-        partial.write_text(str(os.getpid()), encoding="utf-8")
+        partial.write_text(f"{os.getpid()} {attempt()}", encoding="utf-8")
         partial.replace(self.path / f"process-{local_rank}")
 
     def launch(self) -> None:
@@ -76,18 +77,17 @@ class LaunchFolder:
 
     def processes(self) -> Iterator[int]:
         """Process ids of the workers, as far as they have begun."""
+        return (process for process, _ in self._workers())
+
+    def lost_one(self) -> bool:
+        """Whether a worker of this attempt has begun and is gone."""
+        return any(begun == attempt() and not _runs(process) for process, begun in self._workers())
+
+    def _workers(self) -> Iterator[tuple[int, int]]:
         for path in self.path.glob("process-[0-9]*"):
             if path.suffix != ".new":
-                yield int(path.read_text(encoding="utf-8"))
-
-    def complete(self, workers: int) -> bool:
-        """Whether so many workers have begun and none of them is gone."""
-        alive = 0
-        for process in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, 0)
-                alive += 1
-        return alive == workers
+                process, begun = path.read_text(encoding="utf-8").split()
+                yield int(process), int(begun)
 
     def end_hung(self, process: int) -> None:
         """End a worker that hangs, if the launcher of this folder started it."""
@@ -114,3 +114,11 @@ class LaunchFolder:
         for process in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, number)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True

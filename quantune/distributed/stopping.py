@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -64,7 +63,7 @@ class StopRequest:
     def _stop(self) -> None:
         folder = LaunchFolder.from_environment()
         if folder is not None and not folder.asked_to_stop():
-            if not folder.complete(int(os.environ["LOCAL_WORLD_SIZE"])):
+            if folder.lost_one():
                 sys.exit(EXIT_DIED)  # the launcher ends what is left of an attempt in which a process died
             folder.ask_to_stop(signal.SIGTERM)  # the others of this machine would wait for this one
         raise InterruptedRun(BEFORE_THE_FIRST_STEP)

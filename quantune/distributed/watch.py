@@ -23,7 +23,7 @@ from typing import Any
 import attrs
 import torch.distributed as dist
 
-from quantune.distributed.environment import attempt
+from quantune.distributed.environment import attempt, meeting_point
 from quantune.distributed.world import COLLECTIVES, World
 from quantune.errors import EXIT_DIED
 
@@ -73,10 +73,11 @@ class Board:
 
     def __init__(self, world: World, timeout: float, *, host: bool = False) -> None:
         self.world = world
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(address, port, is_master=host, timeout=timedelta(seconds=timeout), wait_for_workers=False)
-        self.attempts = dist.PrefixStore("/attempts", store)
-        self.store = dist.PrefixStore(f"/attempt/{attempt()}/watch", store)
+        address, port = meeting_point()
+        self._root = dist.TCPStore(
+            address, port, is_master=host, timeout=timedelta(seconds=timeout), wait_for_workers=False
+        )
+        self.store = dist.PrefixStore(f"/attempt/{attempt()}/watch", self._root)
 
     def claim(self, failure: Failure) -> Failure:
         """Report a failure; the first one there was is returned."""
@@ -89,10 +90,10 @@ class Board:
         return Failure(**json.loads(self.store.get("failure"))) if self.store.check(["failure"]) else None
 
     def superseded(self) -> bool:
-        """Whether a later attempt has begun: the launcher of another machine does not tell this machine's of it."""
-        newest = int(self.attempts.get("newest")) if self.attempts.check(["newest"]) else 0
+        """Whether another machine's launcher has begun a later attempt: it does not tell this machine's."""
+        newest = int(self._root.get("newest attempt")) if self._root.check(["newest attempt"]) else 0
         if newest < attempt():
-            self.attempts.set("newest", str(attempt()))
+            self._root.set("newest attempt", str(attempt()))
         return newest > attempt()
 
     def leave(self) -> int:
@@ -120,6 +121,7 @@ class Watch:
         timeout: seconds without progress after which a rank hangs.
         hung: is told of it, and ends this process.
         ended: is told of the first failure of another rank that this one does not end after by itself, and ends it.
+        one_is_gone: whether the launcher has lost a process: over nccl this one would not notice.
     """
 
     def __init__(
@@ -129,10 +131,11 @@ class Watch:
         *,
         hung: Callable[[Hang, Board], None],
         ended: Callable[[Failure, Board], None],
+        one_is_gone: Callable[[], bool] = lambda: False,
     ) -> None:
         self.world = world
         self.timeout = timeout
-        self._hung, self._ended = hung, ended
+        self._hung, self._ended, self._one_is_gone = hung, ended, one_is_gone
         self._beat = time.monotonic()
         self._doing = "meeting the other ranks"
         self._patience = LOADING_PATIENCE
@@ -158,9 +161,9 @@ class Watch:
             board = Board(self.world, self.timeout * self._patience)
             while not self._done.is_set():
                 board.post(self._record())
-                if board.superseded():
-                    self._ended(Failure(rank=self.world.rank, exit_code=EXIT_DIED, final=False), board)
                 failure = board.first()
+                if failure is None and (self._one_is_gone() or board.superseded()):
+                    failure = Failure(rank=self.world.rank, exit_code=EXIT_DIED, final=False)
                 if failure is not None and not self._done.wait(GRACE):
                     self._ended(failure, board)
                 if COLLECTIVES.entered != entered:

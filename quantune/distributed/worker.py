@@ -21,7 +21,7 @@ from quantune.checkpoint.run_folder import Mode, RunFolder
 from quantune.distributed.environment import adopt_slurm, attempt, launched, rank
 from quantune.distributed.outcome import LaunchFolder
 from quantune.distributed.stopping import BEFORE_THE_FIRST_STEP
-from quantune.errors import EXIT_DIED, DistributedError, InterruptedRun
+from quantune.errors import EXIT_DIED, DistributedError, InputError, InterruptedRun
 
 if TYPE_CHECKING:
     from quantune.distributed.watch import Board, Failure
@@ -75,17 +75,24 @@ class Voice:
 VOICE = Voice()
 
 
-def enter(*, adopt: bool = True) -> bool:
+def enter(*, launches: bool) -> bool:
     """Begin as a worker, if a launcher started this process; False if the run has ended and there is nothing to do.
 
-    With `adopt`, srun is such a launcher; else it has started one launcher on each machine.
+    Args:
+        launches: this process was told of machines, as a launcher is; then each of srun's tasks is one, not a worker.
 
     Raises:
+        InputError: so was a worker that another launcher than quantune's started.
         InterruptedRun: the launcher was asked to stop before this process could be told.
     """
-    if adopt:
-        adopt_slurm()
     folder = LaunchFolder.from_environment()
+    if not launches:
+        adopt_slurm()
+    elif launched() and folder is None:
+        raise InputError(
+            f"a launcher has started this process already, as one of {os.environ['WORLD_SIZE']}: leave out --nodes, "
+            "--node-rank and --rendezvous, or start quantune without it"
+        )
     if folder is None or not launched():
         return True
     if folder.outcome() is not None:
@@ -101,15 +108,13 @@ def told_by_another() -> bool:
     return launched() and (rank() > 0 or LaunchFolder.from_environment() is not None)
 
 
-def without_effect(config: DistributedConfig, nodes: int) -> Iterator[str]:
+def without_effect(config: DistributedConfig) -> Iterator[str]:
     """What was asked of quantune's launcher and does nothing, because another one started this process."""
     if not launched() or LaunchFolder.from_environment() is not None:
         return
     here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     if config.processes not in ("auto", here):
         yield f"[distributed] processes = {config.processes} has no effect: the launcher started {here} on this machine"
-    if nodes > 1:
-        yield f"--nodes {nodes} has no effect: the launcher has settled where the processes run"
 
 
 @contextlib.contextmanager
@@ -139,7 +144,7 @@ def watching(timeout: float, describe: Callable[[str], None]) -> Iterator[Callab
         _leave(world, board)
         os._exit(exit_code)
 
-    with Watch(world, timeout, hung=hung, ended=ended) as watch:
+    with Watch(world, timeout, hung=hung, ended=ended, one_is_gone=_one_is_gone) as watch:
         yield watch.beat
 
 
@@ -222,7 +227,7 @@ def _wait_for_first(board: Board, seconds: float) -> Failure | None:
 def _one_is_gone() -> bool:
     """Whether quantune's launcher has lost a worker of this machine: it tells of that."""
     folder = LaunchFolder.from_environment()
-    return folder is not None and not folder.complete(int(os.environ["LOCAL_WORLD_SIZE"]))
+    return folder is not None and folder.lost_one()
 
 
 def _leave(world: World, board: Board) -> None:

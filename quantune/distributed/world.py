@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from quantune.distributed.environment import attempt, launched
+from quantune.distributed.environment import attempt, launched, launcher_has_store, meeting_point
 from quantune.distributed.network import interface_towards
 from quantune.errors import DistributedError
 
@@ -111,8 +111,9 @@ def joined(
         yield None
         return
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    host, port = meeting_point() if world.size > 1 else ("", 0)
     if world.size > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
-        interface = interface_towards(os.environ["MASTER_ADDR"], elsewhere=world.local_size < world.size)
+        interface = interface_towards(host, elsewhere=world.local_size < world.size)
         if interface is not None:  # by itself gloo takes what the host's own name stands for, if it does for anything
             os.environ["GLOO_SOCKET_IFNAME"] = interface
     try:
@@ -121,7 +122,7 @@ def joined(
         )
     except dist.DistError as error:
         raise DistributedError(
-            f"expected {world.size} processes to meet at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"expected {world.size} processes to meet at {host}:{port} "
             f"within {timeout.total_seconds():g} seconds, they did not: {str(error).splitlines()[0]}"
         ) from error
     try:
@@ -137,7 +138,7 @@ _KEPT: list[dist.Store] = []
 
 def hosts_store(world: World) -> bool:
     """Whether this process has the store where the ranks meet, because what launched it has none."""
-    return world.main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return world.main and not launcher_has_store()
 
 
 def keeps_store() -> bool:

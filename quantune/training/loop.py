@@ -107,13 +107,12 @@ def fit(job: Job, progress: Progress, hooks: Hooks, observer: Observer, stop: St
         hooks.record(done)
         observer.step(done.metrics)
         last = progress.step == job.total_steps
-        stopping = done.stop
-        if evaluation_due(recipe.evaluation, progress.step, job.total_steps) and (last or not stopping):
-            # a run that is to stop makes up for an evaluation when it is resumed
-            stopping = hooks.evaluate(progress.step) or stopping
-        if last or stopping or _due(progress.step, recipe.checkpoint.every_steps):
+        # a run that is to stop before its last step makes up for an evaluation when it is resumed
+        due = evaluation_due(recipe.evaluation, progress.step, job.total_steps) and (last or not done.stop)
+        stopped = due and hooks.evaluate(progress.step)
+        if last or stopped or done.stop or _due(progress.step, recipe.checkpoint.every_steps):
             hooks.save(progress)
-        if stopping and not last:
+        if stopped or (done.stop and not last):
             return False
     return True
 

@@ -27,7 +27,7 @@ from quantune.checkpoint.state import TrainingState, capture
 from quantune.data.prepare import prepare
 from quantune.distributed.sharding import Root, shard
 from quantune.distributed.shares import Shares
-from quantune.distributed.stopping import Phase, StopRequest
+from quantune.distributed.stopping import BEFORE_THE_FIRST_STEP, Phase, StopRequest
 from quantune.distributed.watch import LOADING_PATIENCE
 from quantune.distributed.world import World, joined
 from quantune.errors import InputError, InterruptedRun
@@ -294,10 +294,14 @@ def _train(
         history.append("checkpoint", step=step)
         observer.checkpoint(step)
 
+    def flush() -> None:
+        history.flush()
+        folder.metrics.flush()
+
     saver = Saver(
         store=folder.checkpoints,
         keep=recipe.checkpoint.keep,
-        prepare=history.flush,
+        prepare=flush,
         committed=committed,
         lost=observer.warning,
         world=world,
@@ -351,7 +355,8 @@ def _train(
             if world.main:
                 history.append("interrupted", step=progress.step)
                 folder.write_status("interrupted", progress.step)
-            raise InterruptedRun(f"stopped after step {progress.step} and saved; --resume goes on from there")
+            saved = f"stopped after step {progress.step} and saved; --resume goes on from there"
+            raise InterruptedRun(saved if progress.step else BEFORE_THE_FIRST_STEP)
     _publish_adapter(model, base, folder, world)
     if world.main:
         folder.write_status("finished", progress.step)

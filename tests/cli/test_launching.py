@@ -49,3 +49,9 @@ def test_a_rendezvous_is_a_name_or_an_address(rendezvous):
 def test_what_makes_no_world_is_refused_before_anything_is_started(tmp_path, options, sentence):
     assert sentence in refused("run", recipe(tmp_path), *options, cwd=tmp_path)
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_worker_of_another_launcher_is_not_told_of_machines(tmp_path):
+    machines = ["--nodes", "2", "--rendezvous", "host:29500"]
+    said = refused("run", recipe(tmp_path), *machines, cwd=tmp_path, RANK="0", WORLD_SIZE="1")
+    assert "a launcher has started this process already, as one of 1: leave out --nodes" in said

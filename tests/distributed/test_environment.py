@@ -5,9 +5,10 @@ import doctest
 import pytest
 
 from quantune.distributed import environment
-from quantune.distributed.environment import adopt_slurm, attempt, launched
+from quantune.distributed.environment import adopt_slurm, attempt, launched, meeting_point
 from quantune.distributed.network import interface_towards
 from quantune.distributed.world import World
+from quantune.errors import InputError
 
 STEP = {
     "SLURM_JOB_ID": "4711",
@@ -46,6 +47,12 @@ def test_all_tasks_of_a_step_meet_at_one_port_and_other_steps_at_another():
 def test_a_meeting_point_that_was_set_stays():
     found = adopted(MASTER_ADDR="10.0.0.1", MASTER_PORT="29500")
     assert (found["MASTER_ADDR"], found["MASTER_PORT"]) == ("10.0.0.1", "29500")
+
+
+@pytest.mark.parametrize("given", [{}, {"MASTER_ADDR": "here"}, {"MASTER_ADDR": "here", "MASTER_PORT": "x"}])
+def test_a_launcher_that_names_no_meeting_point_is_told_so(given):
+    with pytest.raises(InputError, match="expected the launcher to say in MASTER_ADDR and MASTER_PORT"):
+        meeting_point(given)
 
 
 def test_the_examples_of_slurms_lists_are_true():

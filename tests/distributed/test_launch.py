@@ -94,7 +94,7 @@ def test_a_run_that_is_asked_to_stop_while_it_imports_stops_before_training(tmp_
     assert run.ended() == 75
     assert "step 1" not in run.said()
     (error,) = run.errors()
-    assert "stopped before the first step; nothing had to be saved" in error
+    assert "stopped before training began; nothing had to be saved" in error
 
 
 def test_a_second_ctrl_c_aborts_at_once_and_leaves_no_process(tmp_path):

@@ -48,11 +48,23 @@ def _wait_as_worker(folder):
 
 
 def test_signalling_workers_that_are_gone_is_no_error(folder):
-    gone = multiprocessing.get_context("fork").Process(target=folder.enter, args=(3,))
+    assert not folder.lost_one()
+    assert list(folder.processes()) == [_gone(folder)] and folder.lost_one()
+    folder.signal(signal.SIGTERM)
+
+
+def test_workers_of_an_earlier_attempt_are_not_missed(folder, monkeypatch):
+    _gone(folder)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not folder.lost_one()
+
+
+def _gone(folder):
+    """The process id of a worker that has begun and died."""
+    gone = multiprocessing.get_context("fork").Process(target=folder.enter, args=(1,))
     gone.start()
     gone.join()
-    assert list(folder.processes()) == [gone.pid]
-    folder.signal(signal.SIGTERM)
+    return gone.pid
 
 
 def test_a_request_while_modules_are_imported_is_followed_after_it():
@@ -83,7 +95,7 @@ def test_a_request_in_a_step_waits_for_it_and_a_second_ctrl_c_does_not():
 def test_what_is_left_of_an_attempt_ends_silently_and_is_not_taken_for_a_request(folder, monkeypatch):
     """The launcher ends the other workers with SIGTERM when one has died."""
     monkeypatch.setenv(FOLDER, str(folder.path))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    _gone(folder)
     with StopRequest().listening() as stop:
         stop.enter(Phase.LOADING)
         with pytest.raises(SystemExit) as ended:

@@ -315,6 +315,33 @@ def test_two_ranks_interrupted_twice_end_with_the_same_bytes(recipe, tmp_path):
     ]
 
 
+KINDS = {
+    "tied embedding trained in full": ("tied", {"adapter": {"modules_to_save": ("lm_head", "embed_tokens")}}),
+    "dora and biases": ("untied", {"adapter": {"use_dora": True, "bias": "all"}}),
+    "cpu offload": ("untied", {"distributed": {"cpu_offload": True}}),
+    "lora+": ("untied", {"training": {"loraplus_lr_ratio": 4.0}}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "size"), [*((kind, 2) for kind in KINDS), ("cpu offload", 1)])
+def test_every_kind_of_training_goes_on_with_the_same_bytes(recipe, bases, tmp_path, kind, size):
+    base, tables = KINDS[kind]
+    tables = {"model": {"base": str(bases / base)}, "training": {}, **tables}
+    tables["training"] = {"max_steps": 3, **tables["training"]}
+    tables["data"] = {"eval": ()}
+    made = attrs.evolve(recipe, **{name: attrs.evolve(getattr(recipe, name), **keys) for name, keys in tables.items()})
+
+    def go(name, *more):
+        return [_run(World(), made, name, *more)] if size == 1 else on_ranks(size, _run, made, name, *more)
+
+    go(tmp_path / "whole")
+    go(tmp_path / "cut", 1)
+    assert not (tmp_path / "cut" / "adapter").exists()
+    go(tmp_path / "cut", None, True)
+    assert adapter_bytes(tmp_path / "cut") == adapter_bytes(tmp_path / "whole")
+
+
 def test_a_run_goes_on_with_another_number_of_ranks_and_is_told_what_begins_anew(recipe, tmp_path):
     on_ranks(2, _run, recipe, tmp_path / "run", 3)
     assert _run(World(), recipe, tmp_path / "run", 5, True)[-1] == (

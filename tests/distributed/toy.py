@@ -44,7 +44,7 @@ FAULTS = {
 
 def run(steps=5, timeout=60, fault=None, folder="run", seconds=0.0):
     with StopRequest(warning).listening() as stop:
-        if not worker.enter():
+        if not worker.enter(launches=False):
             return
         with worker.run_folder(Path(folder), "overwrite") as held:
             print("importing", file=sys.stderr, flush=True)

@@ -9,6 +9,11 @@ import attrs
 import pytest
 from running import quantune_run
 
+from quantune.checkpoint.audit import audit
+from quantune.checkpoint.commit import TEMPORARY
+from quantune.checkpoint.history import History
+from quantune.checkpoint.store import CheckpointStore
+
 RECIPE = """
 [model]
 base = "builtin:mini"
@@ -74,7 +79,9 @@ class Work:
         return self.folder / "run"
 
     def is_as(self, whole: Work) -> bool:
-        """Whether it ended with the same bytes as `whole`, and step for step."""
+        """Whether it ended with the same bytes as `whole`, and step for step, each done once with its samples."""
+        verdict = audit(History(self.run / "history.jsonl").rows())
+        assert verdict.problems == () and verdict.steps == verdict.total
         return self.adapter() == whole.adapter() and self.rows() == whole.rows()
 
     def adapter(self) -> bytes:
@@ -93,7 +100,11 @@ class Work:
 
     def checkpoints(self) -> list[int]:
         """Steps with a checkpoint."""
-        return sorted(int(path.name.split("-")[1]) for path in (self.run / "checkpoints").iterdir())
+        return CheckpointStore(self.run / "checkpoints").steps()
+
+    def leftovers(self) -> list[Path]:
+        """Temporary files and folders."""
+        return list(self.run.rglob(f"*{TEMPORARY}*"))
 
 
 def make_work(folder: Path) -> Work:

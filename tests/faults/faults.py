@@ -135,6 +135,7 @@ def fire(fault: Fault) -> None:
         os.kill(os.getpid(), signal.SIGINT)
     elif fault.kind == "interrupt twice":
         os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)  # in another thread than the main one, both would come as one
         os.kill(os.getpid(), signal.SIGINT)
     elif fault.kind == "clock":
         leap()

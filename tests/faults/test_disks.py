@@ -21,7 +21,7 @@ def fails_and_goes_on(work, fault, *options, code, said):
     done = quantune_run(work.recipe, *options, faults=[fault])
     assert fault.fired() and done.code == code, done.said
     assert said in done.said and "Traceback" not in done.said
-    assert not list(work.run.rglob("*.tmp-*"))
+    assert not work.leftovers()
     (work.run / FILLER).unlink()
     resumed = quantune_run(work.recipe, *options, "--resume")
     assert resumed.code == 0, resumed.said
@@ -97,7 +97,7 @@ def test_a_file_that_is_larger_than_the_system_allows(work, whole):
     assert done.code == 5, done.said
     assert "step-00000002 could not be written, the disk is full" in done.said
     assert "or a quota or limit on file sizes is reached" in done.said
-    assert not list(work.run.rglob("*.tmp-*"))
+    assert not work.leftovers()
     assert quantune_run(work.recipe, "--resume-or-start").code == 0
     assert work.is_as(whole)
 

@@ -80,7 +80,7 @@ def test_a_rank_that_has_stopped_altogether_is_named(work):
     stopped = fault(work, "stop", "step", 5)
     with ranks(2, work.recipe, "--set", "distributed.timeout=3", faults=[stopped]) as (first, second):
         done = first.end()
-        assert stopped.fired() and done.code == 1
+        assert stopped.fired() and done.code == 7
         assert f"rank 1 (process {second.process} on " in done.said and "has stopped altogether" in done.said
 
 
@@ -89,7 +89,7 @@ def test_a_rank_that_hangs_is_named_with_the_place_where_it_is(work):
     hung = fault(work, "hang", "step", 5)
     with ranks(2, work.recipe, "--set", "distributed.timeout=3", faults=[hung]) as (first, second):
         done = first.end()
-        assert hung.fired() and done.code == 1
+        assert hung.fired() and done.code == 7
         assert f"rank 1 (process {second.process} on " in done.said and "the others wait for it" in done.said
         assert "loop.py" in done.said
 
@@ -107,5 +107,5 @@ def test_the_launcher_starts_all_again_when_a_worker_is_killed_and_the_run_ends_
         timeout=180,
     )
     assert killed.fired() and done.returncode == 0, done.stderr
-    assert "a process died: started again, the first time" in done.stderr
+    assert "a process of the run died: this is attempt 2" in done.stderr
     assert work.is_as(whole)

@@ -18,6 +18,8 @@ from power import after_power_loss, build, recorded
 from torch import nn
 
 from quantune.checkpoint.commit import MANIFEST, REPLACED, TEMPORARY, verify, write_committed, write_file_atomically
+from quantune.checkpoint.run_folder import RunFolder
+from quantune.checkpoint.saver import Saver
 from quantune.checkpoint.state import TrainingState, capture, restore, write_state
 from quantune.checkpoint.store import CheckpointStore
 
@@ -117,7 +119,36 @@ NEXT = Writer(
     write=lambda root, number: save(root, 10 * number, number),
     read=latest,
 )
+
+
+def record_and_save(root: Path, number: int) -> None:
+    """As a run does: a step, its row and its event, and the checkpoint after it."""
+    folder = RunFolder(root)
+    folder.history.append("step", step=number)
+    folder.metrics.append({"event": "step", "step": number})
+
+    def flush() -> None:
+        folder.history.flush()
+        folder.metrics.flush()
+
+    saver = Saver(store=folder.checkpoints, keep=2, committed=lambda step: None, lost=pytest.fail, prepare=flush)
+    saver.save(number, Run(number).state)
+    saver.finish()
+
+
+def recorded_and_saved(root: Path) -> int:
+    """The latest checkpoint, if what led to it is recorded."""
+    number = latest(root)
+    folder = RunFolder(root)
+    for rows in (folder.history.rows(), folder.metrics.rows()):
+        assert {row["step"] for row in rows} >= {1, number}, rows
+    return number
+
+
 WRITERS = {
+    "a step and its checkpoint": Writer(
+        prepare=lambda root: record_and_save(root, 1), write=record_and_save, read=recorded_and_saved
+    ),
     "the next checkpoint": NEXT,
     "the first checkpoint": Writer(
         prepare=lambda root: None,
