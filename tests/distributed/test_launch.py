@@ -164,3 +164,8 @@ def test_auto_is_one_process_where_there_is_no_gpu():
 def test_machines_that_can_not_find_each_other_are_refused(given, sentence):
     with pytest.raises(InputError, match=sentence):
         Nodes(**given)
+
+
+@pytest.mark.parametrize("rendezvous", ["gpu-01.cluster:29500", "10.0.0.1:1", "[fe80::1]:65535", "node_1:80"])
+def test_a_rendezvous_is_a_name_or_an_address(rendezvous):
+    assert Nodes(count=2, rendezvous=rendezvous).rendezvous == rendezvous
