@@ -49,7 +49,8 @@ def _wait_as_worker(folder):
 
 def test_signalling_workers_that_are_gone_is_no_error(folder):
     assert not folder.lost_one()
-    assert list(folder.processes()) == [_gone(folder)] and folder.lost_one()
+    gone = _gone(folder)
+    assert list(folder.processes()) == [gone] and folder.lost_one()
     folder.signal(signal.SIGTERM)
 
 
