@@ -97,6 +97,7 @@ def test_a_worker_that_dies_before_the_machines_have_met_is_started_again_on_bot
     assert first.fired() == ["1-0"] and "attempt 1, step 1" in first.said()
 
 
+@pytest.mark.slow
 def test_a_machine_that_is_gone_can_be_replaced_while_the_other_waits(machines, tmp_path):
     toy = {"steps": 40, "seconds": 0.05, "restarts": 2}
     first, second = launched_on(machines, tmp_path, **toy)
