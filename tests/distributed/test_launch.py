@@ -18,18 +18,14 @@ pytestmark = [
 ]
 
 
-def test_rank_0_speaks_the_others_write_to_logs_and_nothing_else_is_left(tmp_path, monkeypatch):
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    monkeypatch.setenv("TMPDIR", str(temporary))
-    monkeypatch.setattr("tempfile.tempdir", None)
+def test_rank_0_speaks_the_others_write_to_logs_and_nothing_else_is_left(tmp_path):
     run = launched(tmp_path, processes=3, steps=2)
     assert run.ended() == 0
     assert run.said().splitlines() == ["importing", "attempt 0, step 1", "attempt 0, step 2"]
     for rank in (1, 2):
         header, *lines = run.log(rank).splitlines()
         assert header.startswith("--- attempt 0, process ") and lines == run.said().splitlines()
-    assert os.listdir(temporary) == []
+    assert os.listdir(tmp_path / "temporary") == []
 
 
 def test_a_worker_that_is_killed_is_started_again_with_the_others(tmp_path):
