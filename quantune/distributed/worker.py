@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import time
@@ -161,6 +162,7 @@ def end(error: BaseException, meaning: Meaning) -> int:
         if rank() == 0:
             speak("")
         return _settled(exit_code, final=True)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway, and with a code that says why
     import torch.distributed as dist
 
     from quantune.distributed.watch import Board, Failure

@@ -81,6 +81,7 @@ def launched_on(machines, folder, first=0, **toy):
     return runs
 
 
+@pytest.mark.slow
 def test_two_machines_train_together_and_start_again_together(machines, tmp_path):
     fault = {"rank": 1, "step": 2, "do": "die", "attempts": 1}
     first, second = launched_on(machines, tmp_path, steps=3, restarts=1, fault=fault)
