@@ -194,8 +194,8 @@ def _apart(nodes: Nodes, error: Exception) -> str:
     if "EADDRINUSE" in str(error):
         return f"the port of {nodes.rendezvous} is in use on this machine: give all machines another --rendezvous"
     return (
-        f"the {nodes.count} machines did not find each other at {nodes.rendezvous}: {error}. Each of them must run the "
-        "same command with a --node-rank of its own, and reach that address"
+        f"the {nodes.count} machines did not find each other at {nodes.rendezvous}, or lost machine 0 there: {error}. "
+        "Each of them must run the same command with a --node-rank of its own, and reach that address"
     )
 
 
