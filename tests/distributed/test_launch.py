@@ -128,6 +128,17 @@ def test_a_launcher_that_waits_for_another_machine_can_be_interrupted(tmp_path):
     assert run.errors() == ["interrupted: stopped while waiting for the other machines; the same command goes on"]
 
 
+def test_a_rendezvous_whose_port_is_in_use_is_said_to_be(tmp_path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        run = launched(tmp_path, nodes=Nodes(count=2, rank=0, rendezvous=f"127.0.0.1:{port}"))
+        assert run.ended() == 7
+    (error,) = run.errors()
+    assert error.startswith(f"error: the port of 127.0.0.1:{port} is in use on this machine: give all machines another")
+
+
 def _listens(port):
     with socket.socket() as probe:
         return probe.connect_ex(("localhost", port)) == 0
