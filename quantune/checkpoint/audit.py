@@ -138,6 +138,8 @@ class _Auditor:
         if row["number"] != self._number + 1:
             self.problems.append(f"attempt {row['number']} follows attempt {self._number}")
         order = {key: row[key] for key in ORDER}
+        if resumed is None:  # a run that begins again owes nothing to the attempts before
+            self.order, self.digests = None, {}
         if self.order is not None and order != self.order:
             self.problems.append(f"attempt {row['number']} has another order of samples: {order}, it was {self.order}")
         self.order, self.total = order, row["steps"]

@@ -13,7 +13,7 @@ from types import TracebackType
 import attrs
 
 from quantune.checkpoint.state import TrainingState, write_state
-from quantune.checkpoint.store import CheckpointStore
+from quantune.checkpoint.store import WRITER, CheckpointStore
 from quantune.distributed.world import World
 from quantune.errors import CheckpointError, QuantuneError
 
@@ -59,7 +59,7 @@ class Saver:
         if state is not None:
             self._save = save = _Save(step)
             # a daemon: an aborted run does not wait for it, and what it leaves then is no checkpoint
-            save.thread = threading.Thread(target=self._write, args=(save, state), name="checkpoint", daemon=True)
+            save.thread = threading.Thread(target=self._write, args=(save, state), name=WRITER, daemon=True)
             save.thread.start()
 
     def failed(self) -> bool:

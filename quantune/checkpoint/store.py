@@ -13,6 +13,8 @@ import attrs
 from quantune.checkpoint.commit import REPLACED, TEMPORARY, manifest_files, remove, verify, write_committed
 from quantune.errors import CheckpointError
 
+WRITER = "checkpoint"
+"""The name of the thread that writes one."""
 FEWEST = 2
 """Verified checkpoints that pruning always leaves, so that a damaged one has a predecessor."""
 

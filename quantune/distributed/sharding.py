@@ -2,7 +2,8 @@
 
 Every block is a unit: its parameters are gathered when it runs, forward and backward, and let go afterwards. What is
 gathered of a packed weight is its bytes. What no block holds (embeddings, norms, the output head) forms the root's
-unit, gathered for the length of a step; a frozen embedding of its own is a unit of its own, and is not needed backward.
+unit, gathered for a forward pass and the backward one after it; a frozen embedding of its own is a unit of its own, and
+is not needed backward.
 """
 
 from __future__ import annotations

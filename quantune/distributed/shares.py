@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import empty as distributed_empty
 
 from quantune.distributed.world import COLLECTIVES, World
 from quantune.errors import QuantizationError
@@ -24,7 +25,10 @@ from quantune.errors import QuantizationError
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a tensor that may be sharded; if it is, every rank must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    COLLECTIVES.entered += 1
+    return tensor.full_tensor()
 
 
 @attrs.define(eq=False)
@@ -33,8 +37,9 @@ class _Waiting:
 
     name: str
     owner: int
-    buffer: Tensor
-    """This rank's share, to be filled; as long as the longest share."""
+    nbytes: int
+    share: Tensor
+    """This rank's share, to be filled."""
     data: Tensor | None
     """All bytes, on the owner."""
     error: Exception | None
@@ -82,10 +87,17 @@ class Shares:
 
     def of(self, local: Tensor, shape: Sequence[int]) -> nn.Parameter:
         """A sharded parameter of the given global shape, of which this rank holds `local`."""
-        stride = torch.empty(tuple(shape), device="meta").stride()
-        data = DTensor.from_local(
-            local.to(self.kept_on), self.mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
-        )
+        if self.offload:
+            hollow = distributed_empty(*shape, dtype=local.dtype, device_mesh=self.mesh, placements=[Shard(0)])
+            data = torch.empty_like(
+                hollow, device="cpu"
+            )  # given a local tensor, torch would move it to the mesh's device
+            data.to_local().copy_(local)
+        else:
+            stride = torch.empty(tuple(shape), device="meta").stride()
+            data = DTensor.from_local(
+                local.to(self.device), self.mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride
+            )
         return nn.Parameter(data, requires_grad=False)
 
     def packed(self, name: str, nbytes: int, make: Callable[[], Tensor]) -> nn.Parameter:
@@ -105,9 +117,10 @@ class Shares:
                 data = make()
             except Exception as failure:  # whatever it is: the others wait for these bytes and must hear of it
                 error = failure
-        buffer = torch.empty(self._longest(nbytes), dtype=torch.uint8, device=self.kept_on)
-        self._waiting.append(_Waiting(name, owner, buffer, data, error))
-        return self.of(buffer[: len(self.own(nbytes))], (nbytes,))
+        parameter = self.of(torch.empty(len(self.own(nbytes)), dtype=torch.uint8, device=self.kept_on), (nbytes,))
+        share = parameter.data.to_local()  # type: ignore[attr-defined]  # a DTensor
+        self._waiting.append(_Waiting(name, owner, nbytes, share, data, error))
+        return parameter
 
     def finish(self) -> None:
         """Scatter what still waits. Every parameter has its content when this returns.
@@ -133,13 +146,15 @@ class Shares:
         if self.world.any(failed is not None):
             self._raise(failed)
         for one in waiting:
+            size = self._longest(one.nbytes)
             pieces = None
             if one.data is not None:
-                size = self._longest(len(one.data))
-                padded = nn.functional.pad(one.data, (0, size * self.world.size - len(one.data)))
+                padded = nn.functional.pad(one.data, (0, size * self.world.size - one.nbytes))
                 pieces = list(padded.to(self.kept_on).split(size))
+            received = torch.empty(size, dtype=torch.uint8, device=self.kept_on)
             COLLECTIVES.entered += 1
-            dist.scatter(one.buffer, pieces, src=one.owner)
+            dist.scatter(received, pieces, src=one.owner)
+            one.share.copy_(received[: len(one.share)])
 
     def _raise(self, failed: _Waiting | None) -> None:
         reasons = self.world.gather(None if failed is None else f"{failed.name}: {failed.error}")

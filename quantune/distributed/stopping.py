@@ -32,6 +32,7 @@ class StopRequest:
 
     def __init__(self, report: Callable[[str], None] = lambda text: None) -> None:
         self.signal: int | None = None
+        self._interrupted = False
         self._phase = Phase.IMPORTING
         self._report = report
 
@@ -51,8 +52,9 @@ class StopRequest:
             self._stop()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if self._interrupted and number == signal.SIGINT:
             raise KeyboardInterrupt  # asked a second time: stop at once
+        self._interrupted = self._interrupted or number == signal.SIGINT
         self.signal = number
         if self._phase is Phase.LOADING:
             self._stop()

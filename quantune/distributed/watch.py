@@ -36,6 +36,8 @@ STALE = 5.0
 GRACE = 5.0
 """Seconds that a rank has to end by itself after another one has failed."""
 PACKAGE = str(Path(__file__).parents[1])
+INNERMOST = 8
+"""Lines of a stack in which an exchange is looked for."""
 EXCHANGES = str(Path(dist.__file__).parent)
 Record = dict[str, Any]
 """What a rank says of itself: see `Watch._record`."""
@@ -153,7 +155,8 @@ class Watch:
 
     def beat(self, doing: str, patience: float) -> None:
         """The main thread got further; what it does next may take `patience` times the timeout."""
-        self._doing, self._patience, self._beat = doing, patience, time.monotonic()
+        self._beat = time.monotonic()  # first: the watch must not see the patience of what comes with the old time
+        self._doing, self._patience = doing, patience
 
     def _run(self) -> None:
         entered = COLLECTIVES.entered
@@ -169,8 +172,9 @@ class Watch:
                 if COLLECTIVES.entered != entered:
                     entered, self._beat = COLLECTIVES.entered, time.monotonic()
                 if time.monotonic() - self._beat > self.timeout * self._patience:
+                    seen = self._beat, entered
                     hang = self._find(board)
-                    if not self._done.is_set():
+                    if not self._done.is_set() and seen == (self._beat, COLLECTIVES.entered):
                         self._hung(hang, board)
                 self._done.wait(INTERVAL)
         except (dist.DistError, RuntimeError):  # the store is gone, and its process with it: the main thread finds out
@@ -243,4 +247,4 @@ def where(frame: FrameType | None) -> str:
 
 def _waits(frame: FrameType | None) -> bool:
     """Whether a thread is in torch's exchanges between processes."""
-    return any(entry.filename.startswith(EXCHANGES) for entry in traceback.extract_stack(frame, limit=-8))
+    return any(entry.filename.startswith(EXCHANGES) for entry in traceback.extract_stack(frame, limit=INNERMOST))

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from quantune.checkpoint.run_folder import Mode, RunFolder
+from quantune.checkpoint.store import WRITER
 from quantune.distributed.environment import adopt_slurm, attempt, launched, rank
 from quantune.distributed.outcome import LaunchFolder
 from quantune.distributed.stopping import BEFORE_THE_FIRST_STEP
@@ -141,6 +143,9 @@ def watching(timeout: float, describe: Callable[[str], None]) -> Iterator[Callab
         ended(first, board)
 
     def ended(failure: Failure, board: Board) -> None:
+        for thread in threading.enumerate():
+            if thread.name == WRITER:  # what it writes is whole, whatever happened to the run since
+                thread.join(timeout)
         exit_code = _settled(failure.exit_code, failure.final)
         _leave(world, board)
         os._exit(exit_code)

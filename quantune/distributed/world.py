@@ -125,11 +125,15 @@ def joined(
             f"expected {world.size} processes to meet at {host}:{port} "
             f"within {timeout.total_seconds():g} seconds, they did not: {str(error).splitlines()[0]}"
         ) from error
+    whole = False
     try:
         yield init_device_mesh(device.type, (world.size,))
+        COLLECTIVES.entered += 1
         dist.barrier()  # one that is done early would close connections that others still use
+        whole = True
     finally:
-        dist.destroy_process_group()
+        if whole or world.size == 1:  # else this process ends: nccl could wait here for ranks that wait for this one
+            dist.destroy_process_group()
 
 
 _KEPT: list[dist.Store] = []

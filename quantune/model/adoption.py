@@ -224,6 +224,8 @@ def _adopted(
     name: str,
 ) -> Tensor:
     """The bytes of one weight, or, for a layer that the recipe skips, the weight itself."""
+    if plan.shares is not None:  # the checkpoint is read into the CPU's memory
+        tensors = {part: tensor.to(plan.shares.device) for part, tensor in tensors.items()}
     packed = adopt_weight(plan.backend, tensors, shape, plan.pack_dtype, plan.options, name=name)
     return plan.backend.dequantize(packed, plan.compute_dtype) if weight_format is None else packed.data
 

@@ -40,6 +40,10 @@ class Factors:
     lora_B: Tensor
     """(out features, r), fp32."""
 
+    def on_cpu(self) -> Factors:
+        """The same in the CPU's memory."""
+        return Factors(lora_A=self.lora_A.cpu(), lora_B=self.lora_B.cpu())
+
 
 @attrs.frozen(kw_only=True, eq=False)
 class Initialization:

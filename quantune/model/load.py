@@ -126,10 +126,12 @@ def load_model(
     if quantization is not None:
         assert plan is not None
         _require_packed(model, plan)
-    if initialization is not None and shares is None:
+    if initialization is not None:
         _split_dense(model, initialization)
-    if initialization is not None and shares is not None:
-        initialization.factors.update(shares.merged(dict(initialization.factors)))
+    if initialization is not None and shares is not None:  # of a packed weight the rank that packed it has them
+        packed = {name for name in initialization.factors if isinstance(model.get_submodule(name), QuantLinear)}
+        own = {name: initialization.factors[name].on_cpu() for name in packed}
+        initialization.factors.update(shares.merged(own))
     return model
 
 
@@ -229,13 +231,18 @@ def packed_weights(module: nn.Module) -> dict[str, WeightFormat]:
     return {"weight": module.weight_format} if isinstance(module, QuantLinear) else experts.weight_formats(module)
 
 
-def packed_fingerprint(model: nn.Module) -> str:
-    """sha256 over the bytes of every packed weight, in the order of the modules."""
+def packed_fingerprint(model: nn.Module, *, counts: bool = True) -> str:
+    """sha256 over the bytes of every packed weight, in the order of the modules.
+
+    Ranks that share the model gather it weight by weight; where it does not count, nothing is hashed.
+    """
     digest = hashlib.sha256()
     for name, module in model.named_modules():
         for leaf in packed_weights(module):
-            digest.update(f"{name}.{leaf}".encode())
-            digest.update(gathered(module.get_parameter(leaf).detach()).cpu().numpy().data)
+            data = gathered(module.get_parameter(leaf).detach())
+            if counts:
+                digest.update(f"{name}.{leaf}".encode())
+                digest.update(data.cpu().numpy().data)
     return digest.hexdigest()
 
 

@@ -163,7 +163,7 @@ def train_step(job: Job, step: int, *, asked: bool = False, failed: bool = False
         loss.backward()
         summed += float(loss.detach())
         if bad < 0 and not math.isfinite(summed):
-            bad = index * job.world.size + job.world.rank
+            bad = min(index * job.world.size + job.world.rank, len(micro_batches) - 1)
 
     own_targets = sum(batch.target_tokens for batch in batches)
     tokens = sum(int(batch.attention_mask.sum()) for batch in batches)

@@ -107,15 +107,16 @@ class WholeLogitsLoss:
         return functional.cross_entropy(logits[predicted].float(), targets[predicted], reduction="sum")
 
 
-def build_loss(model: PreTrainedModel) -> LanguageModelLoss | WholeLogitsLoss:
+def build_loss(model: PreTrainedModel, device: torch.device | None = None) -> LanguageModelLoss | WholeLogitsLoss:
     """The chunked loss if head(backbone(x)) gives the model's own logits, found out on a few tokens.
 
-    `model` is the transformers model, with or without adapters in it.
+    `model` is the transformers model, with or without adapters in it. It computes on `device`, by default where its
+    parameters are.
     """
     backbone, head = model.get_decoder(), model.get_output_embeddings()
     if backbone is None or head is None or backbone is model:
         return WholeLogitsLoss(model=model)
-    tokens = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    tokens = torch.arange(8, device=device or model.device)[None] % model.config.get_text_config().vocab_size
     training = model.training
     model.eval()
     try:

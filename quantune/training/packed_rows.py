@@ -56,8 +56,8 @@ class RowLayout:
         return laid.input_ids.to(device), laid.labels.to(device), arguments
 
 
-def layout_for(model: PreTrainedModel) -> RowLayout:
-    """The layout in which `model` keeps packed samples apart.
+def layout_for(model: PreTrainedModel, device: torch.device | None = None) -> RowLayout:
+    """The layout in which `model`, which computes on `device`, keeps packed samples apart.
 
     Raises:
         ModelError: there is none: what stands before a sample in its row changes its logits.
@@ -67,44 +67,45 @@ def layout_for(model: PreTrainedModel) -> RowLayout:
     taken = inspect.signature(model.forward).parameters
     if "position_ids" not in taken and all(one.kind is not one.VAR_KEYWORD for one in taken.values()):
         raise ModelError(_mixes(model, "it takes no position_ids"))
+    where = device or model.device
     training = model.training
     model.eval()
     try:
         by_positions = RowLayout(one_row=one_row)
-        problem = _problem(model, by_positions)
+        problem = _problem(model, by_positions, where)
         if problem is None:
             return by_positions
         by_masks = RowLayout(one_row=one_row, masks_of=config, dtype=dtype)
-        if _works(model, by_masks):
+        if _works(model, by_masks, where):
             return by_masks
     finally:
         model.train(training)
     raise ModelError(_mixes(model, problem))
 
 
-def _works(model: PreTrainedModel, layout: RowLayout) -> bool:
+def _works(model: PreTrainedModel, layout: RowLayout, device: torch.device) -> bool:
     try:
-        return _problem(model, layout) is None
+        return _problem(model, layout, device) is None
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # it makes its masks in another way
         return False
 
 
 @torch.no_grad()
-def _problem(model: PreTrainedModel, layout: RowLayout) -> str | None:
+def _problem(model: PreTrainedModel, layout: RowLayout, device: torch.device) -> str | None:
     """What goes wrong when samples are packed, None when nothing does.
 
     Rounding is measured beside it: what comes after a sample can't change it, so what changes there is rounding.
     """
     samples, others = _samples(model, seed=0), _samples(model, seed=1)
-    packed = _packed_logits(model, layout, samples)
-    first_replaced = _packed_logits(model, layout, [*_alternate(others, samples)])
-    second_replaced = _packed_logits(model, layout, [*_alternate(samples, others)])
+    packed = _packed_logits(model, layout, samples, device)
+    first_replaced = _packed_logits(model, layout, [*_alternate(others, samples)], device)
+    second_replaced = _packed_logits(model, layout, [*_alternate(samples, others)], device)
     leak = max(float(_change(first_replaced[i], packed[i]).mean()) for i in (1, 3))
     rounding = max(float(_change(second_replaced[i], packed[i]).max()) for i in (0, 2))
     if not leak <= max(1e-6, 4 * rounding):
         return f"the sample before it changes a sample's logits by {leak:.1g} of their size"
 
-    alone = [_logits(model, torch.from_numpy(sample.input_ids).long()[None], {})[0] for sample in samples]
+    alone = [_logits(model, torch.from_numpy(one.input_ids).long()[None].to(device), {})[0] for one in samples]
     moved = max(float(_change(packed[i], alone[i]).mean()) for i in (1, 3))
     rounding = max(float(_change(packed[i], alone[i]).max()) for i in (0, 2))
     if not moved <= max(1e-4, 4 * torch.finfo(model.dtype).eps, 4 * rounding):
@@ -127,11 +128,13 @@ def _alternate(first: list[Sample], second: list[Sample]) -> list[Sample]:
     return [(first, second)[index % 2][index] for index in range(len(LENGTHS))]
 
 
-def _packed_logits(model: PreTrainedModel, layout: RowLayout, samples: list[Sample]) -> list[Tensor]:
+def _packed_logits(
+    model: PreTrainedModel, layout: RowLayout, samples: list[Sample], device: torch.device
+) -> list[Tensor]:
     """The logits of each sample, computed in packed rows."""
     rows = pack(Dataset(samples=tuple(samples), counts=Counts()), ROW, keep_order=True)
     batch = collate(rows.samples, pad_id=0)
-    input_ids, _, arguments = layout.arrange(batch, model.device)
+    input_ids, _, arguments = layout.arrange(batch, device)
     logits = _logits(model, input_ids, arguments).view(*batch.input_ids.shape, -1)
     return [
         part for row, lengths in zip(logits, (LENGTHS[:2], LENGTHS[2:]), strict=True) for part in _parts(row, lengths)
@@ -144,7 +147,7 @@ def _parts(row: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 def _logits(model: PreTrainedModel, input_ids: Tensor, arguments: dict[str, Any]) -> Tensor:
     """Shape (batch, length, vocabulary), fp32, on the CPU; less their mean, which no probability depends on."""
-    logits = model(input_ids=input_ids.to(model.device), **arguments, use_cache=False).logits.float().cpu()
+    logits = model(input_ids=input_ids, **arguments, use_cache=False).logits.float().cpu()
     return logits - logits.mean(dim=-1, keepdim=True)
 
 

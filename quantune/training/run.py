@@ -24,6 +24,7 @@ from quantune.checkpoint.identity import Identity
 from quantune.checkpoint.run_folder import PACKED, RunFolder
 from quantune.checkpoint.saver import Saver
 from quantune.checkpoint.state import TrainingState, capture
+from quantune.data.dataset import Dataset
 from quantune.data.prepare import prepare
 from quantune.distributed.sharding import Root, shard
 from quantune.distributed.shares import Shares
@@ -53,7 +54,7 @@ from quantune.training.packed_rows import RowLayout, layout_for
 from quantune.training.resolve import idle_processes, resolve, without_effect
 from quantune.training.resuming import begin_attempt, identify, open_checkpoint, put_back, require_same_run
 
-SHARED = ("model", "quantization", "adapter", "training")
+SHARED = ("model", "quantization", "adapter", "training", "evaluation", "checkpoint")
 """Sections that are the same for every process; the data is compared by its tokens."""
 ALONE = World()
 Beat = Callable[[str, float], None]
@@ -193,7 +194,7 @@ def _train(
     if idle is not None:
         observer.warning(idle)
     identity = identify(written, recipe, base, data, device, world)
-    _require_same(identity, world)
+    _require_same(identity, held_out, world)
     if checkpoint is not None:
         identity = require_same_run(checkpoint, identity, allow_changes, observer)
 
@@ -217,8 +218,8 @@ def _train(
     if mesh is not None:
         shard(root, mesh, device, cpu_offload=recipe.distributed.cpu_offload)
     with suspended(recipe.training.compile):
-        loss: Loss = root(build_loss, inner)
-        layout = root(layout_for, inner) if recipe.data.packing else RowLayout()
+        loss: Loss = root(build_loss, inner, device)
+        layout = root(layout_for, inner, device) if recipe.data.packing else RowLayout()
         root.reshard()
     root.traffic.take()
     if recipe.training.activation_checkpointing == "offload":
@@ -243,7 +244,7 @@ def _train(
         progress = put_back(checkpoint, identity, parameters, optimizer, seed=seed, world=world)
     if world.main:
         if resume:
-            folder.metrics.truncate_after(progress.step)
+            folder.metrics.truncate_after(-1 if checkpoint is None else progress.step)
         else:
             folder.clear()
         folder.write_recipe(to_toml(recipe))
@@ -321,7 +322,7 @@ def _train(
         return state
 
     def save(progress: Progress) -> None:
-        beat(f"saving after step {progress.step}", 1.0)
+        beat(f"saving after step {progress.step}", LOADING_PATIENCE)  # the save before it may still be under way
         saver.save(progress.step, take)
         beat(f"training, after step {progress.step}", 1.0)
 
@@ -359,10 +360,11 @@ def _train(
                 folder.write_status("interrupted", progress.step)
             saved = f"stopped after step {progress.step} and saved; --resume goes on from there"
             raise InterruptedRun(saved if progress.step else BEFORE_THE_FIRST_STEP)
+    beat("writing the adapter", LOADING_PATIENCE)
     _publish_adapter(model, base, folder, world)
     if world.main:
-        folder.write_status("finished", progress.step)
         history.append("finished", step=progress.step)
+        folder.write_status("finished", progress.step)
     return RunResult(
         folder=folder.path,
         adapter=folder.adapter,
@@ -401,10 +403,14 @@ def _check_start(start: Path, folder: RunFolder, recipe: Recipe, base: Base) -> 
     check_start(start, skeleton(base), recipe.adapter, added)
 
 
-def _require_same(identity: Identity, world: World) -> None:
-    """Require that every process reads the same recipe, base and data."""
+def _require_same(identity: Identity, held_out: Dataset | None, world: World) -> None:
+    """Require that every process reads the same recipe, base and data: another batch or another step at which one
+    evaluates would be another exchange than that of the others."""
+    if world.size == 1:
+        return
     recipe = identity.resolved
     parts = {**identity.fingerprints, **{f"[{section}]": recipe.get(section) for section in SHARED}}
+    parts["the tokens of the evaluation data"] = None if held_out is None else held_out.fingerprint()
     parts["[data]"] = {key: value for key, value in recipe["data"].items() if key not in ("train", "eval")}
     hosts = world.gather((socket.gethostname(), parts))
     first_host, first = hosts[0]
@@ -433,7 +439,8 @@ def _load(
         model = load_model(
             base, recipe.quantization, compute_dtype=dtype, device=device, initialization=split, shares=shares
         )
-    rows, packed = module_table(model), packed_fingerprint(model)  # before the adapter changes the modules' names
+    rows = module_table(model)  # before the adapter changes the modules' names
+    packed = world.broadcast(packed_fingerprint(model, counts=world.main))
     peft_model = adapter.attach(
         model, recipe.adapter, base_name=base.source, seed=recipe.training.seed, initialization=split
     )
