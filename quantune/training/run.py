@@ -288,6 +288,7 @@ def _train(
             history.append("evaluation", step=step)
         evaluations.append(result)
         observer.evaluation(result)
+        beat(f"training, after step {step}", 1.0)
         return False
 
     def committed(step: int) -> None:
@@ -322,6 +323,7 @@ def _train(
     def save(progress: Progress) -> None:
         beat(f"saving after step {progress.step}", 1.0)
         saver.save(progress.step, take)
+        beat(f"training, after step {progress.step}", 1.0)
 
     assert recipe.training.max_steps is not None and recipe.training.warmup_steps is not None
     assert isinstance(recipe.training.micro_batch_size, int)
@@ -343,12 +345,12 @@ def _train(
     )
     hooks = Hooks(record=record, evaluate=run_evaluation, save=save, failed=saver.failed, settle=saver.finish)
     stop.enter(Phase.TRAINING)
-    beat("training its first step", LOADING_PATIENCE)
     with saver, tf32(recipe.training.tf32):
         due = evaluation_due(recipe.evaluation, progress.step, job.total_steps)
         stopped = False
         if due and not world.broadcast(world.main and _evaluated(folder, progress.step)):
             stopped = run_evaluation(progress.step)  # a run that is asked to stop does not wait for it
+        beat("training its first step", LOADING_PATIENCE)
         finished = not stopped and fit(job, progress, hooks, observer, stop)
         saver.finish()
         if not finished:

@@ -71,17 +71,9 @@ def test_when_a_rank_is_killed_the_others_end_and_the_run_can_go_on(work, whole,
     killed = fault(work, "kill", "step", 5, rank)
     done = quantune_ranks(2, work.recipe, faults=[killed])
     assert killed.fired()
-    assert done[rank].code == -signal.SIGKILL and done[1 - rank].code not in (0, 75), done
-    goes_on(work, whole)
-
-
-@pytest.mark.slow
-def test_a_rank_that_has_stopped_altogether_is_named(work):
-    stopped = fault(work, "stop", "step", 5)
-    with ranks(2, work.recipe, "--set", "distributed.timeout=3", faults=[stopped]) as (first, second):
-        done = first.end()
-        assert stopped.fired() and done.code == 7
-        assert f"rank 1 (process {second.process} on " in done.said and "has stopped altogether" in done.said
+    assert done[rank].code == -signal.SIGKILL and done[1 - rank].code == 7, done
+    if rank:  # what is on the disk does not depend on who died
+        goes_on(work, whole)
 
 
 @pytest.mark.slow
@@ -91,7 +83,7 @@ def test_a_rank_that_hangs_is_named_with_the_place_where_it_is(work):
         done = first.end()
         assert hung.fired() and done.code == 7
         assert f"rank 1 (process {second.process} on " in done.said and "the others wait for it" in done.said
-        assert "loop.py" in done.said
+        assert "while training, after step 5" in done.said
 
 
 @pytest.mark.slow
