@@ -11,7 +11,6 @@ from support import FORMATS, Silent, quantization
 
 from quantune.checkpoint.run_folder import RunFolder
 from quantune.distributed.sharding import blocks
-from quantune.distributed.world import World
 from quantune.model import adapter
 from quantune.model.base import open_base
 from quantune.model.load import load_model
@@ -54,10 +53,7 @@ def _train(world, recipe, folder):
 
 def run(size, recipe, folder):
     """The metrics of a run in so many processes, and its adapter's bytes."""
-    if size == 1:
-        _train(World(), recipe, folder)
-    else:
-        on_ranks(size, _train, recipe, folder)
+    on_ranks(size, _train, recipe, folder)  # one, too: this process is not to have had a process group and fork later
     path = folder / f"of-{size}"
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     return metrics, (path / "adapter" / "adapter_model.safetensors").read_bytes()
