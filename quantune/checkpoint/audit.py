@@ -80,10 +80,10 @@ class _Auditor:
     attempts: list[dict[str, Any]] = attrs.field(factory=list)
     surviving: int = 0
     """The last step that survives, as do all before it."""
-    saving: set[int] = attrs.field(factory=set)
-    """Steps whose state was captured."""
+    saving: int | None = None
+    """The step whose state was captured and is being written."""
     committed: set[int] = attrs.field(factory=set)
-    """Steps whose checkpoint is committed."""
+    """Steps that survive and whose checkpoint is committed."""
     digests: dict[tuple[int, ...], str] = attrs.field(factory=dict)
     """By the indices of samples."""
     order: dict[str, Any] | None = None
@@ -141,13 +141,13 @@ class _Auditor:
         if self.order is not None and order != self.order:
             self.problems.append(f"attempt {row['number']} has another order of samples: {order}, it was {self.order}")
         self.order, self.total = order, row["steps"]
-        if row["found"] and resumed in self.saving:
-            self.committed.add(resumed)
-        if resumed is not None and resumed not in self.committed:
+        # the attempt before may have died between committing a checkpoint and saying so
+        if resumed is not None and resumed not in self.committed | {self.saving}:
             self.problems.append(
                 f"attempt {row['number']} went on from step {resumed}, of which no checkpoint was committed"
             )
-        self.surviving = resumed or 0
+        self.surviving, self.saving = resumed or 0, None
+        self.committed = {step for step in (*self.committed, self.surviving) if step <= self.surviving}
         attempt = {key: row[key] for key in ("number", "processes", "host", "resumed")}
         self.attempts.append(attempt | {"last": resumed or 0, "checkpoints": [], "passed_over": [], "end": "died"})
 
@@ -170,13 +170,14 @@ class _Auditor:
 
     def _saving(self, row: Mapping[str, Any]) -> None:
         if self._at_step(row):
-            self.saving.add(row["step"])
+            self.saving = row["step"]
 
     def _checkpoint(self, row: Mapping[str, Any]) -> None:
         step = row["step"]
-        if step not in self.saving:
-            self.problems.append(f"the checkpoint of step {step} was committed, and its state never captured")
+        if step != self.saving:
+            self.problems.append(f"the checkpoint of step {step} was committed, and its state was not being written")
             return
+        self.saving = None
         self.committed.add(step)
         self.attempts[-1]["checkpoints"].append(step)
 

@@ -2,9 +2,8 @@
 
 One JSON object a line, each with an `event`:
 
-attempt      number, process, host, processes; resumed, the step it goes on from (null: it begins); found, whether the
-             one before died between committing that checkpoint and saying so; versions; steps, how many there will be;
-             and what the order of its samples is a function of: batch_size, samples, seed, shuffle
+attempt      number, process, host, processes; resumed, the step it goes on from (null: it begins); versions; steps, how
+             many there will be; and what the order of its samples is a function of: batch_size, samples, seed, shuffle
 fallback     a later checkpoint is damaged, which and how
 step         the step, counted from 1, the indices of its samples, a digest of their tokens
 evaluation   after a step

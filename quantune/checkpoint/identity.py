@@ -101,11 +101,21 @@ def require_same(before: Identity, now: Identity, *, what: str) -> None:
         return
     details = differences(*({key: side[key] for key in changed if key in side} for side in (then, here)))
     if TOKENS in changed:
-        details = differences(before.sources, now.sources) + details
+        details = (differences(before.sources, now.sources) or _read_otherwise(before, now)) + details
     raise ResumeError(
         f"{what} can't be resumed, the run would not be the same: {', '.join(changed)} changed since it was written "
         f"({_some(details)}). Put it back, or start again with --overwrite"
     )
+
+
+def _read_otherwise(before: Identity, now: Identity) -> list[str]:
+    """How the same data files are read otherwise than before."""
+    sides = []
+    for identity in (before, now):
+        data = dict(identity.resolved.get("data", {}))
+        sources = {f"train[{index}]": source for index, source in enumerate(data.pop("train", ()))}
+        sides.append({**{key: value for key, value in data.items() if not key.startswith("eval")}, **sources})
+    return differences(*sides, where="data")
 
 
 def _another_world(before: Identity, now: Identity, what: str) -> str:

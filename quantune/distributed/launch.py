@@ -106,10 +106,7 @@ def launch(
                 raise DistributedError(_deaths(error, config.max_restarts, folder)) from error
         except (RendezvousError, torch.distributed.DistError, TimeoutError) as error:
             if folder.outcome() is None:
-                raise DistributedError(
-                    f"the {nodes.count} machines did not find each other at {nodes.rendezvous}: {error}. Each of them "
-                    "must run the same command with a --node-rank of its own, and reach that address"
-                ) from error
+                raise DistributedError(_apart(nodes, error)) from error
         return folder.outcome() or 0
 
 
@@ -190,6 +187,16 @@ def _passing_on_signals(folder: LaunchFolder, describe: Callable[[QuantuneError]
             signal.signal(number, handler)
         waking.send(b"\0")
         thread.join()
+
+
+def _apart(nodes: Nodes, error: Exception) -> str:
+    """A sentence on machines that did not find each other."""
+    if "EADDRINUSE" in str(error):
+        return f"the port of {nodes.rendezvous} is in use on this machine: give all machines another --rendezvous"
+    return (
+        f"the {nodes.count} machines did not find each other at {nodes.rendezvous}, or lost machine 0 there: {error}. "
+        "Each of them must run the same command with a --node-rank of its own, and reach that address"
+    )
 
 
 def _deaths(error: ChildFailedError, restarts: int, folder: LaunchFolder) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import time
@@ -161,6 +162,7 @@ def end(error: BaseException, meaning: Meaning) -> int:
         if rank() == 0:
             speak("")
         return _settled(exit_code, final=True)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway, and with a code that says why
     import torch.distributed as dist
 
     from quantune.distributed.watch import Board, Failure
@@ -174,7 +176,7 @@ def end(error: BaseException, meaning: Meaning) -> int:
     board: Board | None
     try:
         board = Board(world, SECONDS_TO_HEAR, host=hosts_store(world) and not keeps_store())
-        first = _wait_for_first(board, SECONDS_TO_HEAR if lost else DEFERENCE if world.rank else 0.0)
+        first = _wait_for_first(board, lost * SECONDS_TO_HEAR + (world.rank > 0) * DEFERENCE)
         if first is None and not (lost and _one_is_gone()):
             first = board.claim(mine)
     except (dist.DistError, RuntimeError):  # the store is gone, with the launcher or rank 0, which has spoken

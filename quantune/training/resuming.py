@@ -141,7 +141,6 @@ def begin_attempt(
     """Write into the history that an attempt begins, of a resolved recipe and so many training samples."""
     history = folder.history
     rows = history.rows()
-    told = {row["step"] for row in rows if row["event"] == "checkpoint"}
     history.append(
         "attempt",
         number=1 + sum(row["event"] == "attempt" for row in rows),
@@ -149,7 +148,6 @@ def begin_attempt(
         host=socket.gethostname(),
         processes=world.size,
         resumed=None if checkpoint is None else progress.step,
-        found=checkpoint is not None and progress.step not in told,
         versions=environment()["versions"],
         steps=recipe.training.max_steps,
         batch_size=recipe.training.batch_size,

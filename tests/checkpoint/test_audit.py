@@ -12,9 +12,9 @@ from quantune.errors import QuantuneError, RunFolderError
 ORDER = {"batch_size": 3, "samples": 7, "seed": 5, "shuffle": True}
 
 
-def attempt(number, resumed=None, found=False, **more):
+def attempt(number, resumed=None, **more):
     common = {"process": 1, "host": "here", "processes": 1, "versions": {}, "steps": 6}
-    return {"event": "attempt", "number": number, "resumed": resumed, "found": found, **common, **ORDER, **more}
+    return {"event": "attempt", "number": number, "resumed": resumed, **common, **ORDER, **more}
 
 
 def steps(first, last):
@@ -118,8 +118,14 @@ def an_attempt_left_out(rows):
     del rows[only(rows, "attempt", 1)]
 
 
-def found_where_nothing_was(rows):
-    rows[only(rows, "attempt", 1)] |= {"resumed": 3, "found": True}
+def committed_twice(rows):
+    rows.insert(only(rows, "attempt", 1), {"event": "checkpoint", "step": 2})
+
+
+def gone_on_from_what_was_lost(rows):
+    """Step 6 was saved by attempt 3, attempt 4 went back to step 4: what attempt 5 goes on from is nowhere."""
+    rows.pop()
+    rows += [attempt(4, resumed=4), *steps(5, 5), attempt(5, resumed=6)]
 
 
 def without_samples(rows):
@@ -143,13 +149,14 @@ def headless(rows):
         (wrong_samples, "step 4 of attempt 1 had samples"),
         (other_tokens, "the samples of step 5 of attempt 3 are not what they were"),
         (never_committed, "went on from step 3, of which no checkpoint was committed"),
-        (committed_and_never_captured, "its state never captured"),
+        (committed_and_never_captured, "its state was not being written"),
         (captured_elsewhere, "saving of step 3 comes after step 4"),
         (finished_early, "the run finished after step 5 of 6"),
         (on_after_the_end, "comes after attempt 3 had finished"),
         (another_order, "attempt 3 has another order of samples"),
         (an_attempt_left_out, "interrupted of step 4 comes after step 5"),
-        (found_where_nothing_was, "went on from step 3, of which no checkpoint was committed"),
+        (committed_twice, "checkpoint of step 2 was committed, and its state was not being written"),
+        (gone_on_from_what_was_lost, "attempt 5 went on from step 6, of which no checkpoint was committed"),
         (without_samples, "lacks what such an event has"),
         (unheard_of, "'miracle' is no event of a run"),
         (headless, "step of step 1 comes before any attempt"),
@@ -165,9 +172,9 @@ def test_a_doctored_history_is_not_sound(doctor, problem):
 
 
 def test_a_checkpoint_whose_commit_no_one_lived_to_tell_of_is_found():
-    rows = [attempt(1), *steps(1, 2), {"event": "saving", "step": 2}, attempt(2, resumed=2, found=True), *steps(3, 6)]
+    rows = [attempt(1), *steps(1, 2), {"event": "saving", "step": 2}, attempt(2, resumed=2), *steps(3, 6)]
     assert audit(rows).sound
-    assert not audit([{**row, "found": False} if row["event"] == "attempt" else row for row in rows]).sound
+    assert not audit([row for row in rows if row["event"] != "saving"]).sound
 
 
 @pytest.fixture

@@ -70,6 +70,16 @@ def test_tokens_that_changed_name_the_file_that_did():
         on(now)
 
 
+def test_tokens_that_changed_name_the_key_that_reads_the_same_files_otherwise():
+    def reading(limit):
+        return {**RECIPE, "data": {"max_length": 8, "train": [{"path": "a.jsonl", "limit": limit}]}}
+
+    before = attrs.evolve(RUN, resolved=reading(9))
+    now = attrs.evolve(RUN, resolved=reading(5), fingerprints={**RUN.fingerprints, TOKENS: "other"})
+    with pytest.raises(ResumeError, match=r"\(data.train\[0\].limit was 9, is 5; the tokens"):
+        require_same(before, now, what="step-00000004")
+
+
 def test_a_file_that_changed_without_changing_the_tokens_is_none_of_our_business():
     now = attrs.evolve(RUN, sources={"moved.jsonl of data.train[0]": "sha256 3"})
     assert on(now) == (now, [])

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,8 @@ def launched(
             for stream in (1, 2):
                 os.dup2(written, stream)
             sys.stderr = os.fdopen(2, "w", buffering=1)
+            (folder / "temporary").mkdir(exist_ok=True)
+            tempfile.tempdir = str(folder / "temporary")  # a launcher that is killed leaves something there
             begin()
             config = DistributedConfig(max_restarts=restarts, timeout=timeout)
             given = json.dumps({"timeout": timeout, **toy})

@@ -10,7 +10,6 @@ import pytest
 from launching import PATIENCE, TOY
 
 from quantune.distributed.environment import adopt_slurm
-from quantune.errors import InputError
 
 
 def slurm(rank, size, **others):
@@ -51,16 +50,13 @@ def test_tasks_of_srun_find_each_other(tmp_path):
     assert "step 2" in said[0] and said[1] == ""
 
 
-@pytest.mark.parametrize(
-    ("fault", "code"),
-    [({"rank": 0, "do": "data error"}, 2), ({"rank": 1, "step": 2, "do": "not finite"}, 4)],  # rank 0 hosts the store
-)
-def test_tasks_of_srun_end_with_the_exit_code_of_the_first_error(tmp_path, fault, code):
-    codes, said = under_srun(tmp_path, 2, fault=fault)
-    assert codes == [code, code]
-    assert ["error:" in text for text in said] == [fault["rank"] == 0, fault["rank"] == 1]
+def test_tasks_of_srun_end_with_the_exit_code_of_an_error_of_rank_0_which_they_were_to_meet_at(tmp_path):
+    codes, said = under_srun(tmp_path, 2, fault={"rank": 0, "do": "data error"})
+    assert codes == [2, 2]
+    assert said[0].count("error: row 3 has no text") == 1 and said[1] == ""
 
 
+@pytest.mark.slow
 def test_torchrun_starts_the_processes_itself(tmp_path):
     fault = {"rank": 1, "step": 2, "do": "die", "attempts": 1}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=1", TOY]
@@ -76,43 +72,7 @@ def test_torchrun_starts_the_processes_itself(tmp_path):
     assert (tmp_path / "fired-1-0").exists() and "attempt 1, step 3" in done.stderr
 
 
-def test_a_task_of_srun_is_told_its_place():
-    environment = slurm(
-        3,
-        6,
-        SLURM_LOCALID="1",
-        SLURM_NODEID="1",
-        SLURM_STEP_TASKS_PER_NODE="2(x3)",
-        SLURM_STEP_NODELIST="gpu[07-09]",
-        SLURM_JOB_ID="4711",
-    )
-    adopt_slurm(environment)
-    place = {
-        name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
-    }
-    assert place == dict(RANK="3", WORLD_SIZE="6", LOCAL_RANK="1", LOCAL_WORLD_SIZE="2", MASTER_ADDR="gpu07")
-    others = {**slurm(0, 6), "SLURM_JOB_ID": "4711"}
-    adopt_slurm(others)
-    assert others["MASTER_PORT"] == environment["MASTER_PORT"]
-
-
 def test_a_task_that_sees_its_own_gpu_alone_takes_the_first():
     environment = slurm(1, 2, CUDA_VISIBLE_DEVICES="3")
     adopt_slurm(environment)
     assert environment["LOCAL_RANK"] == "0" and environment["RANK"] == "1"
-
-
-@pytest.mark.parametrize(
-    "environment",
-    [{}, {"SLURM_NTASKS": "4"}, slurm(0, 1), {**slurm(0, 2), "RANK": "5", "WORLD_SIZE": "8"}],
-    ids=["no Slurm", "an allocation", "one task", "a launcher in a task"],
-)
-def test_what_is_no_task_among_several_is_left_alone(environment):
-    before = dict(environment)
-    adopt_slurm(environment)
-    assert environment == before
-
-
-def test_srun_has_to_name_its_nodes():
-    with pytest.raises(InputError, match="found nothing; set MASTER_ADDR"):
-        adopt_slurm({**slurm(0, 2), "SLURM_STEP_NODELIST": ""})

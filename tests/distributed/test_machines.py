@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -57,7 +58,7 @@ def _has_own_network(process, *others):
 
 def _require(holds, otherwise):
     try:
-        wait_until(holds, otherwise, patience=5)
+        wait_until(holds, otherwise, patience=30)
     except (AssertionError, OSError):
         pytest.skip(otherwise)
 
@@ -70,16 +71,17 @@ def move_to(holder):
             assert libc.setns(namespace.fileno(), 0) == 0, os.strerror(ctypes.get_errno())
 
 
-def launched_on(machines, folder, **toy):
+def launched_on(machines, folder, first=0, **toy):
     """The same command on each machine, all with one folder, as on a file system that they share."""
     runs = []
-    for rank, holder in enumerate(machines):
+    for rank, holder in enumerate(machines, first):
         nodes = Nodes(count=2, rank=rank, rendezvous=RENDEZVOUS)
         output = f"output-{rank}"
         runs.append(launched(folder, processes=1, nodes=nodes, output=output, begin=partial(move_to, holder), **toy))
     return runs
 
 
+@pytest.mark.slow
 def test_two_machines_train_together_and_start_again_together(machines, tmp_path):
     fault = {"rank": 1, "step": 2, "do": "die", "attempts": 1}
     first, second = launched_on(machines, tmp_path, steps=3, restarts=1, fault=fault)
@@ -87,6 +89,26 @@ def test_two_machines_train_together_and_start_again_together(machines, tmp_path
     assert first.fired() == ["1-0"]
     assert "attempt 1, step 3" in first.said() and "attempt 1, step 3" in first.log(1)
     assert "step" not in second.said()  # rank 0 speaks, on the first machine
+
+
+def test_a_worker_that_dies_before_the_machines_have_met_is_started_again_on_both(machines, tmp_path):
+    """Nothing breaks on the other machine, which waits for it."""
+    first, second = launched_on(machines, tmp_path, steps=1, restarts=1, fault={"rank": 1, "do": "die", "attempts": 1})
+    assert (first.ended(), second.ended()) == (0, 0)
+    assert first.fired() == ["1-0"] and "attempt 1, step 1" in first.said()
+
+
+@pytest.mark.slow
+def test_a_machine_that_is_gone_can_be_replaced_while_the_other_waits(machines, tmp_path):
+    toy = {"steps": 40, "seconds": 0.05, "restarts": 2}
+    first, second = launched_on(machines, tmp_path, **toy)
+    first.wait_for("step 3")
+    second.send(signal.SIGKILL)
+    assert second.ended() == -signal.SIGKILL
+    wait_until(lambda: first.said().count("importing") == 2, "the first machine did not start again")
+    (another,) = launched_on(machines[1:], tmp_path, first=1, **toy)
+    assert (first.ended(), another.ended()) == (0, 0)
+    assert "attempt 1, step 40" in first.said() and "attempt 0, step 40" not in first.said()
 
 
 def test_an_error_on_one_machine_ends_the_run_on_both(machines, tmp_path):

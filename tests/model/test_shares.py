@@ -104,6 +104,7 @@ def test_adapters_on_experts_train_the_same_on_two_ranks(mixtures, base):
     assert alone[-1] < alone[0] * 0.999
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train_the_same_on_two_ranks(llama):
     plan, config = quantization(weight_dtype="nf4"), AdapterConfig(r=4)
     alone = _losses(World(), base_of(llama), plan, config)

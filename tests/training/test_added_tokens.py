@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from quantune.backends.registry import options_of
 from quantune.checkpoint.run_folder import RunFolder
-from quantune.errors import CheckpointError, ModelError
+from quantune.errors import ModelError, ResumeError
 from quantune.model import mini
 from quantune.model.adapter import load_adapter
 from quantune.model.base import open_base
@@ -123,7 +123,7 @@ def test_a_run_is_not_resumed_with_other_tokens_or_another_configuration(recipe,
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     (folder / "status.json").write_text(json.dumps({"state": "interrupted", "step": STEPS}))
-    with pytest.raises(CheckpointError, match=r"the run would not be the same"):
+    with pytest.raises(ResumeError, match=r"can't be resumed with the recipe as it is now"):
         run(attrs.evolve(recipe, model=attrs.evolve(recipe.model, **change)), folder, resume=True)
 
 

@@ -11,7 +11,7 @@ from support import quantization
 from training.test_matrix import losses, run
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from quantune.errors import CheckpointError, ModelError
+from quantune.errors import ModelError, ResumeError
 from quantune.model import mini
 from quantune.recipe.schema import (
     AdapterConfig,
@@ -127,7 +127,7 @@ def test_a_run_does_not_resume_from_another_start(finished, folder):
     interrupt(folder / "third")
     config = json.loads((start / "adapter_config.json").read_text())
     (start / "adapter_config.json").write_text(json.dumps({**config, "lora_dropout": 0.5}))
-    with pytest.raises(CheckpointError, match="the adapter that training starts from"):
+    with pytest.raises(ResumeError, match="the adapter that training starts from"):
         run(made, folder / "third", resume=True)
 
 
