@@ -59,14 +59,14 @@ def test_a_disk_that_fills_up_while_the_adapter_is_written(work, whole):
 
 
 def test_a_disk_that_has_no_room_for_the_metrics(tmp_path):
-    options = ["--set", "training.max_steps=40", "--set", "checkpoint.every_steps=20"]
+    options = ["--set", "training.max_steps=24", "--set", "checkpoint.every_steps=12"]
     whole, work = make_work(tmp_path / "whole"), make_work(tmp_path / "full")
     assert quantune_run(whole.recipe, *options).code == 0
 
     def body():
         fails_and_goes_on(
             work,
-            filling(work, "step", 20),
+            filling(work, "step", 12),
             *options,
             code=1,
             said=".jsonl can't be written: No space left on device",

@@ -56,9 +56,8 @@ def test_an_error_on_one_rank_is_shown_once_with_its_rank(work):
     assert "rank 1: " in said and "injected on rank 1" in said
 
 
-@pytest.mark.parametrize(("place", "step"), [("step", 3), ("evaluation", 5)])
-def test_all_ranks_stop_after_the_same_step_when_one_is_asked_to(work, whole, place, step):
-    asked = fault(work, "terminate", place, step)
+def test_all_ranks_stop_after_the_same_step_when_one_is_asked_to_while_it_evaluates(work, whole):
+    asked = fault(work, "terminate", "evaluation", 5)
     done = quantune_ranks(2, work.recipe, faults=[asked])
     assert asked.fired() and [one.code for one in done] == [75, 75], done
     assert "stopped after step 5 and saved" in "".join(one.said for one in done)
@@ -79,11 +78,12 @@ def test_when_a_rank_is_killed_the_others_end_and_the_run_can_go_on(work, whole,
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named_with_the_place_where_it_is(work):
     hung = fault(work, "hang", "step", 5)
-    with ranks(2, work.recipe, "--set", "distributed.timeout=3", faults=[hung]) as (first, second):
-        done = first.end()
-        assert hung.fired() and done.code == 7
-        assert f"rank 1 (process {second.process} on " in done.said and "the others wait for it" in done.said
-        assert "while training, after step 5" in done.said
+    with ranks(2, work.recipe, "--set", "distributed.timeout=5", faults=[hung]) as commands:
+        done = [command.end() for command in commands]
+    assert hung.fired() and [one.code for one in done] == [7, 7], done
+    said = "".join(one.said for one in done)  # whoever found out first
+    assert said.count(f"rank 1 (process {commands[1].process} on ") == 1 and "the others wait for it" in said
+    assert "while training, after step 5" in said
 
 
 @pytest.mark.slow
