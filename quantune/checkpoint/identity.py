@@ -77,9 +77,11 @@ def go_on(before: Identity, now: Identity, *, allow: Collection[str], what: str)
     require_same(attrs.evolve(before, fingerprints=known), plain, what=what)
     used = [change for change in compared.changes if change.effect == "allowed"]
     sentences = [f"{change}, as --allow-change says: this is not the run that was begun any more" for change in used]
+    # with another number of processes the same batch is divided otherwise, of which a sentence of its own tells
+    otherwise = compared.resolved_otherwise if before.processes == now.processes else ()
     sentences += [
         f"{change} on this machine, where nobody changed it: sums are rounded otherwise than in the run that was begun"
-        for change in compared.resolved_otherwise
+        for change in otherwise
     ]
     elsewhere = differences(before.environment, plain.environment)
     if elsewhere:
@@ -122,8 +124,8 @@ def _another_world(before: Identity, now: Identity, what: str) -> str:
     dropout = now.resolved.get("adapter", {}).get("dropout")
     restarts = " The random numbers of dropout begin anew from seed, step and rank." if dropout else ""
     return (
-        f"{what} was written by {_processes(before.processes)}, and this run has {now.processes}. Batches, their order "
-        f"and the learning rate are the same.{restarts} Sums over processes are rounded in another order, so the run "
+        f"{what} was written by {_processes(before.processes)}, and this run has {now.processes}. The batches "
+        f"and their order are the same.{restarts} Sums over processes are rounded in another order, so the run "
         "does not end with the same bytes"
     )
 

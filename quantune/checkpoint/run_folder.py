@@ -168,7 +168,10 @@ class RunFolder:
             return
         if mode == "resume":
             if state == "finished":
-                raise RunFolderError(f"the run in {self.path} is finished; --overwrite starts it again")
+                raise RunFolderError(
+                    f"the run in {self.path} is finished, and a finished run can't be made longer: train on from its "
+                    f"adapter with [adapter] start_from in another output.dir, or start it again with --overwrite"
+                )
             _remove(self.path / OVERWRITING)
             self._sweep()  # one that stopped before its first checkpoint begins again
         elif state == "finished":

@@ -89,6 +89,11 @@ def warning(text: str) -> None:
     err.print(f"[bold yellow]warning:[/] {escape(text)}")
 
 
+def waiting_for(text: str) -> None:
+    """Print what nothing happens before."""
+    err.print(f"[dim]{escape(text)}[/]")
+
+
 def quiet_libraries() -> None:
     """Keep the libraries' own progress bars and advice off the screen; call before they are imported.
 

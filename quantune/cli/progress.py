@@ -136,6 +136,7 @@ def print_result(result: RunResult) -> None:
         for prompt, reference, answer in result.evaluations[-1].examples:
             mark = "[green]=[/]" if answer == reference else f"[red]expected[/] {escape(reference)}"
             out.print(f"  {escape(' '.join(prompt.split()))} -> {escape(answer)} {mark}")
-    out.print(f"{result.steps} steps in {result.seconds:.0f} s")
+    here = f", {result.steps - result.steps_before} of them" if result.steps_before else ""
+    out.print(f"{result.steps} steps{here} in {result.seconds:.0f} s")
     out.print(f"adapter: {escape(str(result.adapter))}")
     out.print(f"try it:  quantune generate {escape(str(result.folder))} --prompt '...'")

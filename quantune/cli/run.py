@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import attrs
 import typer
 
-from quantune.cli.console import fail_with, given_arguments, meaning, out, quiet_libraries, warn, warning
+from quantune.cli.console import fail_with, given_arguments, meaning, out, quiet_libraries, waiting_for, warn, warning
 from quantune.cli.progress import ConsoleObserver, print_result
 from quantune.cli.recipes import open_recipe
 from quantune.distributed import worker
@@ -50,7 +50,7 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again where a run already is.")] = False,
     processes: Annotated[
         str | None,
-        typer.Option(metavar="N|auto", help="Processes on this machine, as [distributed] processes."),
+        typer.Option(metavar="N|auto", help="Processes on this machine, as distributed.processes."),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Machines, each of which runs this command.")] = 1,
     node_rank: Annotated[int, typer.Option(min=0, help="Which of them this one is, from 0.")] = 0,
@@ -101,6 +101,8 @@ def run(
                 train_here(checked, mode, stop)
                 return
             _require_folder(Path(checked.output.dir), mode, machines.rank)
+            if machines.count > 1:
+                waiting_for(f"waiting for {machines.count} machines to meet at {machines.rendezvous}")
             stop.enter(Phase.LOADING)
             command = ("-m", "quantune", *given_arguments())
             exit_code = launch(command, count, machines, checked.distributed, fail_with)
@@ -124,7 +126,7 @@ def _going_on(path: Path, mode: Mode) -> Mode | None:
 
     going_on = RunFolder(path).going_on(mode)
     if going_on is None and rank() == 0:
-        out.print(f"the run in {path} is finished already")
+        out.print(f"the run in {path} is finished already; whether this recipe is still its own was not looked at")
     return going_on
 
 

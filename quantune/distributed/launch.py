@@ -215,7 +215,7 @@ def _how(failure: ProcessFailure, folder: LaunchFolder) -> str:
     if folder.hung(failure.pid):
         return "was ended because it hung"
     if failure.exitcode == -signal.SIGKILL:
-        return "was killed by SIGKILL, perhaps because the system had run out of memory,"
+        return "was killed by SIGKILL (perhaps the system had run out of memory)"
     if failure.exitcode < 0:
         return f"was killed by {signal.Signals(-failure.exitcode).name}"
     if failure.exitcode == EXIT_DIED:

@@ -58,9 +58,8 @@ class StopRequest:
         self.signal = number
         if self._phase is Phase.LOADING:
             self._stop()
-        if number == signal.SIGINT:
-            when = "after this step, and saving" if self._phase is Phase.TRAINING else "before training"
-            self._report(f"stopping {when}; Ctrl-C again aborts at once")
+        when = "after this step, and saving" if self._phase is Phase.TRAINING else "before training"
+        self._report(f"stopping {when}" + ("; Ctrl-C again aborts at once" if number == signal.SIGINT else ""))
 
     def _stop(self) -> None:
         folder = LaunchFolder.from_environment()

@@ -231,7 +231,8 @@ class TrainingConfig:
     """The warm-up as a fraction of all steps, 0.03 when neither is given."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     """AdamW, or AdamW whose moments are stored in 8 bit (bitsandbytes). The paged ones need a GPU and let the
-    moments move to the CPU's memory when the GPU's is full."""
+    moments move to the CPU's memory when the GPU's is full. Several processes share the moments of `adamw`, and of no
+    other."""
     beta1: float = attrs.field(default=0.9, validator=between(0.0, 1.0, right_open=True))
     """Decay of AdamW's first moment."""
     beta2: float = attrs.field(default=0.999, validator=between(0.0, 1.0, right_open=True))

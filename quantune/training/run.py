@@ -71,7 +71,11 @@ class RunResult:
     folder: Path
     adapter: Path
     steps: int
+    """Steps of the whole run."""
+    steps_before: int
+    """Those of them that were done before it was resumed."""
     seconds: float
+    """What the others took, loading included."""
     evaluations: tuple[EvaluationResult, ...]
 
 
@@ -253,6 +257,7 @@ def _train(
         folder.write_status("running", progress.step)
         begin_attempt(folder, checkpoint, progress, recipe, len(dataset.samples), world)
 
+    resumed_at = progress.step
     evaluations: list[EvaluationResult] = []
     history = folder.history
 
@@ -294,6 +299,7 @@ def _train(
 
     def committed(step: int) -> None:
         history.append("checkpoint", step=step)
+        folder.write_status("running", step)
         observer.checkpoint(step)
 
     def flush() -> None:
@@ -369,6 +375,7 @@ def _train(
         folder=folder.path,
         adapter=folder.adapter,
         steps=progress.step,
+        steps_before=resumed_at,
         seconds=time.perf_counter() - begun,
         evaluations=tuple(evaluations),
     )
