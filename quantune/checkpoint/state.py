@@ -236,11 +236,9 @@ def _share(whole: Tensor, like: Tensor) -> Tensor:
     """A copy of `whole`, or of this rank's share of it where `like` is sharded; nothing is communicated."""
     if not isinstance(like, DTensor):
         return whole.clone()  # what was read may be a mapped file
-    place = _local(like).device
-    share = _local(distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)).to(place, copy=True)
-    return DTensor.from_local(
-        share, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    share: Any = torch.empty_like(like, dtype=whole.dtype)  # where the share of `like` is, which may be offloaded
+    share.to_local().copy_(_local(distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)))
+    return share
 
 
 def _capture_optimizer(

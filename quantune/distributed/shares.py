@@ -89,9 +89,8 @@ class Shares:
         """A sharded parameter of the given global shape, of which this rank holds `local`."""
         if self.offload:
             hollow = distributed_empty(*shape, dtype=local.dtype, device_mesh=self.mesh, placements=[Shard(0)])
-            data = torch.empty_like(
-                hollow, device="cpu"
-            )  # given a local tensor, torch would move it to the mesh's device
+            # given a local tensor, torch would move it to the device of the mesh
+            data: Any = torch.empty_like(hollow, device="cpu")
             data.to_local().copy_(local)
         else:
             stride = torch.empty(tuple(shape), device="meta").stride()

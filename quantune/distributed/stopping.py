@@ -58,8 +58,9 @@ class StopRequest:
         self.signal = number
         if self._phase is Phase.LOADING:
             self._stop()
-        when = "after this step, and saving" if self._phase is Phase.TRAINING else "before training"
-        self._report(f"stopping {when}" + ("; Ctrl-C again aborts at once" if number == signal.SIGINT else ""))
+        if number == signal.SIGINT:
+            when = "after this step, and saving" if self._phase is Phase.TRAINING else "before training"
+            self._report(f"stopping {when}; Ctrl-C again aborts at once")
 
     def _stop(self) -> None:
         folder = LaunchFolder.from_environment()
