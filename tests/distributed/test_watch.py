@@ -15,7 +15,7 @@ from ranks import on_ranks
 
 from quantune.distributed import watch, worker
 from quantune.distributed.outcome import FOLDER, LaunchFolder
-from quantune.distributed.watch import Board, Failure, Watch, find_hang
+from quantune.distributed.watch import EXCHANGES, Board, Failure, Watch, _waits, find_hang
 from quantune.distributed.world import joined
 from quantune.errors import EXIT_BUG, EXIT_DIED, EXIT_RESUMABLE, DistributedError, InterruptedRun
 
@@ -248,3 +248,23 @@ LATER = {"time": 2.0}
 )
 def test_who_is_waited_for_follows_from_what_all_ranks_say(now, blamed):
     assert find_hang([record(), record()], now).sentence.startswith(blamed)
+
+
+def test_an_exchange_is_seen_however_deep_the_stack_is():
+    names = {}
+    exec(compile("def exchange(done): done.wait()", f"{EXCHANGES}/c10d.py", "exec"), names)
+
+    def deep(done, depth):
+        return deep(done, depth - 1) if depth else names["exchange"](done)
+
+    done = threading.Event()
+    thread = threading.Thread(target=deep, args=(done, 40), daemon=True)
+    thread.start()
+    try:
+        while not _waits(sys._current_frames().get(thread.ident)):
+            assert thread.is_alive()
+            time.sleep(0.01)
+        assert not _waits(sys._getframe())
+    finally:
+        done.set()
+        thread.join()

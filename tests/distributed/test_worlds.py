@@ -11,6 +11,7 @@ from support import FORMATS, Silent, quantization
 
 from quantune.checkpoint.run_folder import RunFolder
 from quantune.distributed.sharding import blocks
+from quantune.errors import InputError
 from quantune.model import adapter
 from quantune.model.base import open_base
 from quantune.model.load import load_model
@@ -176,3 +177,17 @@ def test_an_evaluation_is_shared_and_finds_the_same(recipe, rows, tmp_path):
         torch.testing.assert_close(losses(metrics, "evaluation"), losses(alone, "evaluation"), rtol=CLOSE, atol=0)
         assert [row["examples"] for row in found] == [row["examples"] for row in expected]
         assert [row["samples"] for row in found] == [5, 5, 5]
+
+
+def _refused(world, recipe, folder):
+    """What is said where rank 1 has another recipe."""
+    if world.rank == 1:
+        recipe = attrs.evolve(recipe, evaluation=EvaluationConfig(every_steps=2))
+    with pytest.raises(InputError) as caught:
+        _train(world, recipe, folder)
+    return str(caught.value)
+
+
+def test_ranks_with_different_recipes_are_refused_before_they_wait_for_each_other(recipe, tmp_path):
+    for said in on_ranks(2, _refused, recipe, tmp_path):
+        assert "expected the same of every process, found [evaluation] of rank 1" in said
