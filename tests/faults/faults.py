@@ -62,7 +62,9 @@ def install() -> None:
     if not armed:
         return
     import quantune.checkpoint.store as store
+    import quantune.training.building as building
     import quantune.training.loop as loop
+    import quantune.training.recording as recording
     import quantune.training.run as run
 
     def at(place: Place, step: int | None) -> list[Fault]:
@@ -102,8 +104,8 @@ def install() -> None:
         return write_committed
 
     wrap(loop, "train_step", train_step)
-    wrap(run, "evaluate", evaluate)
-    wrap(run, "load_model", load_model)
+    wrap(recording, "evaluate", evaluate)
+    wrap(building, "load_model", load_model)
     wrap(run, "write_committed", committed("publishing"))
     wrap(store, "write_committed", committed("saving"))
 
