@@ -9,17 +9,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantune.model.base import BUILT_IN
 
-SIZES = dict(hidden_size=96, intermediate_size=160, num_hidden_layers=2, num_attention_heads=3, num_key_value_heads=1)
+SIZES = dict(hidden_size=96, intermediate_size=160, num_attention_heads=3, num_key_value_heads=1)
 
 
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory):
-    """Folders of a base with a head of its own and of one whose head is its embedding."""
+    """Folders of a base with a head of its own, of one whose head is its embedding, and of one with a single layer."""
     root = tmp_path_factory.mktemp("bases")
-    for name, tied in (("untied", False), ("tied", True)):
+    for name, tied, layers in (("untied", False, 2), ("tied", True, 2), ("shallow", False, 1)):
         shutil.copytree(BUILT_IN["builtin:mini"], root / name, ignore=shutil.ignore_patterns("*.safetensors", "*.py"))
         torch.manual_seed(7)
-        config = LlamaConfig(vocab_size=4099, max_position_embeddings=128, tie_word_embeddings=tied, **SIZES)
+        config = LlamaConfig(
+            vocab_size=4099, max_position_embeddings=128, tie_word_embeddings=tied, **SIZES, num_hidden_layers=layers
+        )
         LlamaForCausalLM(config).save_pretrained(root / name)
     return root
 

@@ -351,8 +351,8 @@ def test_every_kind_of_training_goes_on_with_the_same_bytes(recipe, bases, tmp_p
 def test_a_run_goes_on_with_another_number_of_ranks_and_is_told_what_begins_anew(recipe, tmp_path):
     on_ranks(2, _run, recipe, tmp_path / "run", 3)
     assert _run(World(), recipe, tmp_path / "run", 5, True)[-1] == (
-        "step-00000003 was written by 2 processes, and this run has 1. Batches, their order and the learning rate are "
-        "the same. The random numbers of dropout begin anew from seed, step and rank. Sums over processes are rounded "
+        "step-00000003 was written by 2 processes, and this run has 1. The batches and their order are the same. "
+        "The random numbers of dropout begin anew from seed, step and rank. Sums over processes are rounded "
         "in another order, so the run does not end with the same bytes"
     )
     warnings = on_ranks(3, _run, recipe, tmp_path / "run", None, True)

@@ -69,7 +69,7 @@ def test_a_disk_that_has_no_room_for_the_metrics(tmp_path):
             filling(work, "step", 12),
             *options,
             code=1,
-            said=".jsonl can't be written: No space left on device",
+            said="can't be written: No space left on device",
         )
         assert work.is_as(whole)
 
