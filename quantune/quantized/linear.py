@@ -14,11 +14,11 @@ from typing import Any
 import attrs
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from quantune.backends.backend import Backend
 from quantune.backends.layout import PackedLayout, PackedWeight
-from quantune.distributed.shares import gathered
 from quantune.quantized import ops
 from quantune.quantized.workspace import Workspace
 
@@ -157,7 +157,10 @@ class QuantLinear(nn.Linear):
         """The weight as a dense tensor of its own, shape (out features, in features); all ranks that share it call."""
         if torch.compiler.is_compiling():
             return ops.dequantize(self.weight, dtype or self.compute_dtype, self.weight_format.key)
-        return self.weight_format.dequantize(gathered(self.weight.data), dtype or self.compute_dtype)
+        data = self.weight.data
+        if isinstance(data, DTensor):
+            data = data.full_tensor()
+        return self.weight_format.dequantize(data, dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return packed_linear(x, self.weight, self.bias, self.weight_format)

@@ -74,7 +74,7 @@ def watched(action: Callable[[], object], at: Callable[[int], None], flushed: Ca
         if watching and (event in CHANGES or opened):
             point()
 
-    os.fsync = fsync  # type: ignore[assignment]
+    os.fsync = fsync
     sys.addaudithook(watch)
     try:
         action()

@@ -170,7 +170,7 @@ def leap() -> None:
         looks[0] += 1
         return true() + (DAY if looks[0] % 2 else -DAY)
 
-    time.time = wrong  # type: ignore[assignment]
+    time.time = wrong
 
 
 def times_nan(loss: Callable) -> Callable:
