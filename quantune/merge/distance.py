@@ -44,21 +44,9 @@ def distance(reference: Predictions, candidate: Predictions) -> Distance:
     """
     count = len(reference.states_ND)
     kls, largest, agreeing = [], 0.0, 0
-    for rows in _chunks(reference, count):
-        expected_NV, found_NV = _logits(reference, rows), _logits(candidate, rows)
-        if expected_NV.shape != found_NV.shape:
-            raise VerificationError(
-                f"expected logits over a vocabulary of {expected_NV.shape[-1]} tokens, found {found_NV.shape[-1]}: "
-                "the merged model is not of the base that the adapter was trained on"
-            )
-        masked = torch.isneginf(expected_NV) & torch.isneginf(found_NV)  # some models mask tokens
-        difference_NV = torch.where(masked, 0.0, expected_NV - found_NV)
-        if not torch.isfinite(difference_NV).all():
-            raise VerificationError("a model's logits are NaN or infinite: they can't be compared")
-        log_p_NV, log_q_NV = expected_NV.log_softmax(-1), found_NV.log_softmax(-1)
-        terms_NV = torch.where(masked, 0.0, log_p_NV.exp() * (log_p_NV - log_q_NV))
-        kls.append(terms_NV.sum(-1).clamp_min(0.0))  # rounding may leave it below 0
-        largest = max(largest, float(difference_NV.abs().max()))
+    for _, expected_NV, found_NV in logit_chunks(reference, candidate):
+        kls.append(divergence(expected_NV, found_NV))
+        largest = max(largest, float(_difference(expected_NV, found_NV).abs().max()))
         agreeing += int((expected_NV.argmax(-1) == found_NV.argmax(-1)).sum())
     kl_N = torch.cat(kls)
     return Distance(
@@ -70,11 +58,34 @@ def distance(reference: Predictions, candidate: Predictions) -> Distance:
     )
 
 
-def _logits(predictions: Predictions, rows: slice) -> Tensor:
-    return predictions.head(predictions.states_ND[rows]).double()
+def logit_chunks(reference: Predictions, candidate: Predictions) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The logits of two models, fp64 (chunk, V) each, in chunks that take as much memory as a loss does.
+
+    Raises:
+        VerificationError: they have other vocabularies, or a logit is NaN or infinite.
+    """
+    count = len(reference.states_ND)
+    size = max(1, CHUNK_BYTES // (8 * reference.head(reference.states_ND[:1]).shape[-1]))
+    for start in range(0, count, size):
+        rows = slice(start, min(count, start + size))
+        expected_NV, found_NV = (it.head(it.states_ND[rows]).double() for it in (reference, candidate))
+        if expected_NV.shape != found_NV.shape:
+            raise VerificationError(
+                f"expected logits over a vocabulary of {expected_NV.shape[-1]} tokens, found {found_NV.shape[-1]}: "
+                "the merged model is not of the base that the adapter was trained on"
+            )
+        if not torch.isfinite(_difference(expected_NV, found_NV)).all():
+            raise VerificationError("a model's logits are NaN or infinite: they can't be compared")
+        yield rows, expected_NV, found_NV
 
 
-def _chunks(predictions: Predictions, count: int) -> Iterator[slice]:
-    """Slices of tokens whose logits, as doubles, stay within the memory that a loss takes."""
-    size = max(1, CHUNK_BYTES // (8 * predictions.head(predictions.states_ND[:1]).shape[-1]))
-    return (slice(start, min(count, start + size)) for start in range(0, count, size))
+def divergence(expected_NV: Tensor, found_NV: Tensor) -> Tensor:
+    """KL(expected || found) of every token in nats, shape (N,), from logits."""
+    log_p_NV, log_q_NV = expected_NV.log_softmax(-1), found_NV.log_softmax(-1)
+    terms_NV = torch.where(torch.isneginf(log_p_NV), 0.0, log_p_NV.exp() * (log_p_NV - log_q_NV))
+    return terms_NV.sum(-1).clamp_min(0.0)  # rounding may leave it below 0
+
+
+def _difference(expected_NV: Tensor, found_NV: Tensor) -> Tensor:
+    masked = torch.isneginf(expected_NV) & torch.isneginf(found_NV)  # some models mask tokens
+    return torch.where(masked, 0.0, expected_NV - found_NV)

@@ -25,10 +25,9 @@ from quantune.errors import VerificationError
 from quantune.merge.distance import Distance, distance
 from quantune.merge.prompts import Prompts
 
-MARGIN_OF_KL = 8.0
-"""How many times the KL of one more rounding is within the bound: a factor of 2.8 in the logits, whose square it is."""
-MARGIN_OF_LOGITS = 4.0
-"""The same for the largest difference of logits, the largest of millions, which scatters."""
+MARGIN = 4.0
+"""How many times the measured effect of one more rounding is allowed. Right merges of the built-in model were between
+0.4 and 1.5 times that effect, in bf16, fp16 and fp32; those without the adapter from 40 times upwards."""
 ARITHMETIC = 16.0
 """Roundings of fp32 that two ways of computing the same in fp32 may differ by: an update that is added to the weights
 and one that is added to the output are summed in another order."""
@@ -55,12 +54,12 @@ class Verification:
     @property
     def kl_bound(self) -> float:
         """The largest mean KL that one rounding of the weights explains, in nats."""
-        return MARGIN_OF_KL * self.rounding.kl
+        return MARGIN * self.rounding.kl
 
     @property
     def difference_bound(self) -> float:
         """The largest difference of logits that one rounding of the weights explains."""
-        return MARGIN_OF_LOGITS * self.rounding.max_difference
+        return MARGIN * self.rounding.max_difference
 
     @property
     def passed(self) -> bool:
@@ -77,8 +76,8 @@ class Verification:
         if self.passed:
             return None
         lost = ""
-        if self.adapter is not None and self.found.kl > 0.5 * self.adapter.kl > self.kl_bound:
-            lost = f", about as far as without the adapter (KL {self.adapter.kl:.1e})"
+        if self.adapter is not None and 0.5 < self.found.kl / max(self.adapter.kl, 1e-300) < 2.0:
+            lost = f", as far away as the base without the adapter ({self.adapter.kl:.1e})"
         name = str(self.dtype).removeprefix("torch.")
         return (
             "the merged model does not answer as base + adapter do: expected a KL of at most "
@@ -144,14 +143,19 @@ def _reference(model: nn.Module, prompts: Prompts) -> tuple[Predictions, Distanc
     expected = predict(inner, prompts.windows)
     if not isinstance(model, PeftModel):
         return expected, None
+    return expected, distance(expected, without_adapter(model, prompts))
+
+
+def without_adapter(model: PeftModel, prompts: Prompts) -> Predictions:
+    """What the base alone predicts; to be used while `model` is there."""
     with model.disable_adapter():
-        without = predict(inner, prompts.windows)
+        without = predict(inner_model(model), prompts.windows)
 
     def head(states: Tensor) -> Tensor:
         with model.disable_adapter():  # the head may be adapted too
             return without.head(states)
 
-    return expected, distance(expected, attrs.evolve(without, head=head))
+    return attrs.evolve(without, head=head)
 
 
 def _one_more_rounding(
