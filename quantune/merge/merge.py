@@ -211,7 +211,7 @@ def merge(request: MergeRequest, device: torch.device, observer: Observer, verif
             onto=request.onto,
             additions=base.additions,
             dtype=request.dtype,
-            main_dtype=main_dtype(source),
+            main_dtype=main_dtype(stored),
             quantized=frozenset(source.packed) if isinstance(source, AdoptedSource) else frozenset(),
             counts=Counts(),
         )

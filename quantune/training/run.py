@@ -341,7 +341,9 @@ def _publish_adapter(
     def write(path: Path) -> None:
         adapter.save_adapter(model, path, whole)
         base.tokenizer.save_pretrained(path)  # with the tokens that were added: whoever loads the adapter needs them
-        (path / adapter.RECIPE).write_text(recipe, encoding="utf-8")  # an adapter that is carried off says what it belongs to
+        (path / adapter.RECIPE).write_text(
+            recipe, encoding="utf-8"
+        )  # an adapter that is carried off says what it belongs to
         (path / adapter.ORIGIN).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
     # replaced: an attempt may have died between writing the adapter and saying that it was finished
