@@ -1,1 +1,1 @@
-"""Merging: an adapter and its base become one checkpoint, and are shown to answer alike."""
+"""Base and adapter into one checkpoint."""
