@@ -9,9 +9,11 @@ int8       one byte a weight and one fp32 absmax per row: w = q * absmax / 127
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
@@ -20,7 +22,10 @@ from torch import Tensor
 from quantune.backends import kernels
 from quantune.backends.backend import Backend
 from quantune.backends.bnb import BnbOptions
+from quantune.backends.bnb.reader import BnbReader
 from quantune.backends.layout import PackedLayout, PackedWeight, TensorSpec
+from quantune.backends.readers import dtype_name
+from quantune.errors import QuantizationError
 
 NESTED_BLOCK_SIZE = 256
 """Scales that share one scale under double quantization; fixed in bitsandbytes."""
@@ -28,6 +33,13 @@ INT8_STEP = 1 / 127
 SMALLEST_ABSMAX = 2.0**-120
 ZERO_NF4 = 0x77
 """Two codes of nf4's zero."""
+ROW_FORMAT = 0
+"""What checkpoints call int8 codes that lie in the order of the weight."""
+FOUR_BIT_PARTS = (
+    *("absmax", "quant_map", "nested_absmax", "nested_quant_map"),
+    *("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"),
+)
+"""The tensors that a checkpoint may hold beside the codes of a 4-bit weight."""
 
 
 class BnbBackend(Backend):
@@ -100,6 +112,66 @@ class BnbBackend(Backend):
         return torch.ops.bitsandbytes.dequantize_4bit(
             views["codes"], absmax, options.block_size, options.weight_dtype, flat, dtype
         ).view(packed.layout.shape)
+
+    def export(self, packed: PackedWeight) -> dict[str, Tensor]:
+        """As bitsandbytes' `Linear4bit` and `Linear8bitLt` save a weight."""
+        options: BnbOptions = packed.layout.options  # type: ignore[assignment]  # the layout is backend-agnostic
+        options = options.resolved()
+        views = packed.views()
+        if options.weight_dtype == "int8":
+            row_format = torch.tensor(ROW_FORMAT, dtype=torch.uint8)
+            return {"weight": views["codes"], "SCB": views["absmax"], "weight_format": row_format}
+        state: dict[str, Any] = {
+            "quant_type": options.weight_dtype,
+            "blocksize": options.block_size,
+            "dtype": dtype_name(packed.layout.dtype),
+            "shape": list(packed.layout.shape),
+        }
+        exported = {
+            "weight": views["codes"][:, None],
+            "absmax": views["absmax"],
+            "quant_map": bnb.get_4bit_type(options.weight_dtype, device=packed.data.device),
+        }
+        if options.double_quant:
+            exported["nested_absmax"] = views["nested_absmax"]
+            exported["nested_quant_map"] = _dynamic_map(packed.data.device)
+            state["nested_blocksize"] = NESTED_BLOCK_SIZE
+            state["nested_dtype"] = "float32"
+            state["nested_offset"] = views["nested_offset"].item()
+        text = json.dumps(state).encode()
+        exported[f"quant_state.bitsandbytes__{options.weight_dtype}"] = torch.tensor(list(text), dtype=torch.uint8)
+        return exported
+
+    def adopt(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], options: BnbOptions) -> Mapping[str, Tensor]:
+        options = options.resolved()
+        if options.weight_dtype == "int8":
+            return {"codes": _part(tensors, "weight"), "absmax": _part(tensors, "SCB")}
+        state = json.loads(bytes(_part(tensors, f"quant_state.bitsandbytes__{options.weight_dtype}").tolist()))
+        found = (state["blocksize"], "nested_offset" in state)
+        if found != (options.block_size, options.double_quant):
+            raise QuantizationError(
+                f"expected block_size = {options.block_size} and double_quant = {options.double_quant}, "
+                f"found {found[0]} and {found[1]}"
+            )
+        inner = {"codes": _part(tensors, "weight").view(-1), "absmax": _part(tensors, "absmax")}
+        if options.double_quant:
+            inner["nested_absmax"] = _part(tensors, "nested_absmax")
+            inner["nested_offset"] = torch.tensor([state["nested_offset"]], device=inner["codes"].device)
+        return inner
+
+    def checkpoint_names(self, parameter: str) -> Mapping[str, str]:
+        module = parameter.removesuffix("weight")
+        names = {part: f"{parameter}.{part}" for part in FOUR_BIT_PARTS}
+        return {"weight": parameter, **names, "SCB": f"{module}SCB", "weight_format": f"{module}weight_format"}
+
+    def reader(self, options: BnbOptions, activation_dtype: str | None = None) -> BnbReader:
+        return BnbReader(backend=self, options=options.resolved())
+
+
+def _part(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise QuantizationError(f"expected a tensor {name} of bitsandbytes', found {sorted(tensors)}")
+    return tensors[name]
 
 
 def _write_zeros(codes: Tensor, weight: Tensor, block_size: int) -> None:

@@ -30,6 +30,7 @@ from quantune.backends import kernels
 from quantune.backends.backend import Backend
 from quantune.backends.layout import PackedLayout, PackedWeight, TensorSpec
 from quantune.backends.torchao import INT4_GROUP_SIZES, TorchaoOptions
+from quantune.backends.torchao.reader import TorchaoReader, swizzled, unswizzled
 from quantune.errors import QuantizationError
 
 Views = Mapping[str, Tensor]
@@ -73,6 +74,39 @@ class TorchaoBackend(Backend):
 
     def fills_out(self, layout: PackedLayout, dtype: torch.dtype) -> bool:
         return True
+
+    def export(self, packed: PackedWeight) -> dict[str, Tensor]:
+        """The tensors as torchao's own tensor classes hold them; those of nf4, which it can't save, as they are."""
+        options: TorchaoOptions = packed.layout.options  # type: ignore[assignment]  # the layout is backend-agnostic
+        views = packed.views()
+        if options.weight_dtype == "int8":
+            return {**views, "zero_point": torch.zeros_like(views["scale"], dtype=torch.int8)}
+        if options.weight_dtype == "nvfp4":
+            scale, tensor_scale = swizzled(views["scale"]), views["per_tensor_scale"].view(())
+            return {"qdata": views["qdata"], "scale": scale, "per_tensor_scale": tensor_scale}
+        return views
+
+    def adopt(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, int], options: TorchaoOptions
+    ) -> Mapping[str, Tensor]:
+        if options.weight_dtype == "int8":
+            if tensors.get("zero_point", torch.zeros(1)).any():
+                raise QuantizationError("expected symmetric int8, found zero points")
+            return {name: tensor for name, tensor in tensors.items() if name != "zero_point"}
+        if options.weight_dtype == "nvfp4":
+            if tensors.keys() != {"qdata", "scale", "per_tensor_scale"}:
+                raise QuantizationError(f"expected qdata, scale and per_tensor_scale, found {sorted(tensors)}")
+            scale = unswizzled(tensors["scale"], (shape[0], shape[1] // Nvfp4.GROUP_SIZE))
+            return {**tensors, "scale": scale, "per_tensor_scale": tensors["per_tensor_scale"].view(1)}
+        return tensors
+
+    def reader(self, options: TorchaoOptions, activation_dtype: str | None = None) -> TorchaoReader:
+        if options.weight_dtype == "nf4":
+            raise QuantizationError(
+                "torchao can't save its nf4, so no library reads it; bitsandbytes' nf4 is read by transformers "
+                '(backend = "bnb")'
+            )
+        return TorchaoReader(backend=self, options=options.resolved(), activation_dtype=activation_dtype)
 
 
 class Int4:
