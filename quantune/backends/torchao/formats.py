@@ -106,6 +106,11 @@ class TorchaoBackend(Backend):
                 "torchao can't save its nf4, so no library reads it; bitsandbytes' nf4 is read by transformers "
                 '(backend = "bnb")'
             )
+        if activation_dtype is not None and options.group_size is not None:
+            raise QuantizationError(
+                f"torchao multiplies {options.weight_dtype} weights by {activation_dtype} activations with one scale "
+                "per row only; leave group_size out"
+            )
         return TorchaoReader(backend=self, options=options.resolved(), activation_dtype=activation_dtype)
 
 
