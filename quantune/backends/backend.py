@@ -90,7 +90,9 @@ class Backend(abc.ABC):
         Raises:
             QuantizationError: none does; the message says which format of the backend has a reader instead.
         """
-        raise QuantizationError(f"no library reads packed checkpoints of the backend {self.name!r}")
+        raise QuantizationError(
+            f"no library reads packed checkpoints of the backend {self.name!r}; choose bnb, torchao, fp8 or mxfp4"
+        )
 
     def layout(self, shape: tuple[int, int], dtype: torch.dtype, options: Any) -> PackedLayout:
         """The layout of a weight of `shape` and `dtype`, before there is one."""

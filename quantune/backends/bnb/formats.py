@@ -35,10 +35,8 @@ ZERO_NF4 = 0x77
 """Two codes of nf4's zero."""
 ROW_FORMAT = 0
 """What checkpoints call int8 codes that lie in the order of the weight."""
-FOUR_BIT_PARTS = (
-    *("absmax", "quant_map", "nested_absmax", "nested_quant_map"),
-    *("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4"),
-)
+STATE = "quant_state.bitsandbytes__"
+FOUR_BIT_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STATE}nf4", f"{STATE}fp4")
 """The tensors that a checkpoint may hold beside the codes of a 4-bit weight."""
 
 
@@ -139,24 +137,35 @@ class BnbBackend(Backend):
             state["nested_dtype"] = "float32"
             state["nested_offset"] = views["nested_offset"].item()
         text = json.dumps(state).encode()
-        exported[f"quant_state.bitsandbytes__{options.weight_dtype}"] = torch.tensor(list(text), dtype=torch.uint8)
+        exported[f"{STATE}{options.weight_dtype}"] = torch.tensor(list(text), dtype=torch.uint8)
         return exported
 
     def adopt(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], options: BnbOptions) -> Mapping[str, Tensor]:
         options = options.resolved()
+        expected = {name for name, _ in _stored(options)}
+        if tensors.keys() != expected:
+            raise QuantizationError(f"expected the tensors {sorted(expected)}, found {sorted(tensors)}")
+        for name, constant in _stored(options):
+            tensor = tensors[name]
+            if constant is not None and not (tensor.dtype == constant.dtype and torch.equal(tensor.cpu(), constant)):
+                raise QuantizationError(f"expected {name} as bitsandbytes has it, found other values")
         if options.weight_dtype == "int8":
-            return {"codes": _part(tensors, "weight"), "absmax": _part(tensors, "SCB")}
-        state = json.loads(bytes(_part(tensors, f"quant_state.bitsandbytes__{options.weight_dtype}").tolist()))
-        found = (state["blocksize"], "nested_offset" in state)
-        if found != (options.block_size, options.double_quant):
+            return {"codes": tensors["weight"], "absmax": tensors["SCB"]}
+        state = _read_state(tensors[f"{STATE}{options.weight_dtype}"])
+        found = {key: state.get(key) for key in ("blocksize", "shape")}
+        if found != {"blocksize": options.block_size, "shape": list(shape)}:
             raise QuantizationError(
-                f"expected block_size = {options.block_size} and double_quant = {options.double_quant}, "
-                f"found {found[0]} and {found[1]}"
+                f"expected blocks of {options.block_size} and the shape {list(shape)}, found {found}"
             )
-        inner = {"codes": _part(tensors, "weight").view(-1), "absmax": _part(tensors, "absmax")}
+        inner = {"codes": tensors["weight"].reshape(-1), "absmax": tensors["absmax"]}
         if options.double_quant:
-            inner["nested_absmax"] = _part(tensors, "nested_absmax")
-            inner["nested_offset"] = torch.tensor([state["nested_offset"]], device=inner["codes"].device)
+            offset = state.get("nested_offset")
+            if not isinstance(offset, float) or state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
+                raise QuantizationError(
+                    f"expected scales in blocks of {NESTED_BLOCK_SIZE} and their mean, found {state}"
+                )
+            inner["nested_absmax"] = tensors["nested_absmax"]
+            inner["nested_offset"] = torch.tensor([offset], device=inner["codes"].device)
         return inner
 
     def checkpoint_names(self, parameter: str) -> Mapping[str, str]:
@@ -168,10 +177,26 @@ class BnbBackend(Backend):
         return BnbReader(backend=self, options=options.resolved())
 
 
-def _part(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise QuantizationError(f"expected a tensor {name} of bitsandbytes', found {sorted(tensors)}")
-    return tensors[name]
+def _stored(options: BnbOptions) -> list[tuple[str, Tensor | None]]:
+    """The tensors that a checkpoint stores for a weight, with their values where they are constants of the format."""
+    if options.weight_dtype == "int8":
+        return [("weight", None), ("SCB", None), ("weight_format", torch.tensor(ROW_FORMAT, dtype=torch.uint8))]
+    code_book = bnb.get_4bit_type(options.weight_dtype, device="cpu")
+    stored = [("weight", None), ("absmax", None), ("quant_map", code_book), (f"{STATE}{options.weight_dtype}", None)]
+    if options.double_quant:
+        stored += [("nested_absmax", None), ("nested_quant_map", _dynamic_map(torch.device("cpu")))]
+    return stored
+
+
+def _read_state(state: Tensor) -> dict[str, Any]:
+    """What a 4-bit weight's checkpoint says of it beside tensors, JSON as bytes."""
+    try:
+        document = json.loads(bytes(state.tolist())) if state.dtype == torch.uint8 else None
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise QuantizationError("expected bitsandbytes' quant_state as JSON in uint8, found something else")
+    return document
 
 
 def _write_zeros(codes: Tensor, weight: Tensor, block_size: int) -> None:

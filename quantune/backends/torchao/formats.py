@@ -30,7 +30,7 @@ from quantune.backends import kernels
 from quantune.backends.backend import Backend
 from quantune.backends.layout import PackedLayout, PackedWeight, TensorSpec
 from quantune.backends.torchao import INT4_GROUP_SIZES, TorchaoOptions
-from quantune.backends.torchao.reader import TorchaoReader, swizzled, unswizzled
+from quantune.backends.torchao.reader import TorchaoReader, swizzled, swizzled_shape, unswizzled
 from quantune.errors import QuantizationError
 
 Views = Mapping[str, Tensor]
@@ -90,13 +90,21 @@ class TorchaoBackend(Backend):
         self, tensors: Mapping[str, Tensor], shape: tuple[int, int], options: TorchaoOptions
     ) -> Mapping[str, Tensor]:
         if options.weight_dtype == "int8":
-            if tensors.get("zero_point", torch.zeros(1)).any():
-                raise QuantizationError("expected symmetric int8, found zero points")
+            zeros = tensors.get("zero_point")
+            if zeros is None or zeros.dtype != torch.int8 or zeros.shape != _shape(tensors, "scale") or zeros.any():
+                raise QuantizationError(
+                    "expected a zero_point of zeros for every scale (symmetric int8), found another"
+                )
             return {name: tensor for name, tensor in tensors.items() if name != "zero_point"}
         if options.weight_dtype == "nvfp4":
             if tensors.keys() != {"qdata", "scale", "per_tensor_scale"}:
                 raise QuantizationError(f"expected qdata, scale and per_tensor_scale, found {sorted(tensors)}")
-            scale = unswizzled(tensors["scale"], (shape[0], shape[1] // Nvfp4.GROUP_SIZE))
+            ordered = (shape[0], shape[1] // Nvfp4.GROUP_SIZE)
+            expected = swizzled_shape(ordered)
+            found = tuple(tensors["scale"].shape)
+            if found != expected or tensors["per_tensor_scale"].shape != ():
+                raise QuantizationError(f"expected scales of {expected} and one for all of them, found {found}")
+            scale = unswizzled(tensors["scale"], ordered)
             return {**tensors, "scale": scale, "per_tensor_scale": tensors["per_tensor_scale"].view(1)}
         return tensors
 
@@ -112,6 +120,10 @@ class TorchaoBackend(Backend):
                 "per row only; leave group_size out"
             )
         return TorchaoReader(backend=self, options=options.resolved(), activation_dtype=activation_dtype)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None
 
 
 class Int4:

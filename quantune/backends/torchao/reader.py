@@ -159,21 +159,30 @@ FP8_ACTIVATIONS = {
 
 def swizzled(scales: Tensor) -> Tensor:
     """Scales of blocks, shape (rows, columns), in the order that NVIDIA's matrix units read them in: tiles of 128 x 4,
-    padded with zeros, the 4 rows 32 apart next to one another. Shape (32 * tiles of rows, 16 * tiles of columns).
+    padded with zeros, the 4 rows 32 apart next to one another. Shape as `swizzled_shape` says.
 
     Source: cuBLAS, "1D block scaling factors layout", and torchao's `to_blocked`.
     """
     rows, columns = scales.shape
-    row_tiles, column_tiles = kernels.blocks_of(rows, 128), kernels.blocks_of(columns, 4)
+    row_tiles, column_tiles = _tiles((rows, columns))
     padded = scales.new_zeros(row_tiles * 128, column_tiles * 4)
     padded[:rows, :columns] = scales
     tiles = padded.view(row_tiles, 4, 32, column_tiles, 4).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(row_tiles * 32, column_tiles * 16)
+    return tiles.reshape(swizzled_shape((rows, columns)))
 
 
 def unswizzled(scales: Tensor, shape: tuple[int, int]) -> Tensor:
     """Undo `swizzled`; `shape` is that of the scales in order."""
-    rows, columns = shape
-    row_tiles, column_tiles = kernels.blocks_of(rows, 128), kernels.blocks_of(columns, 4)
+    row_tiles, column_tiles = _tiles(shape)
     tiles = scales.reshape(row_tiles, column_tiles, 32, 4, 4).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(row_tiles * 128, column_tiles * 4)[:rows, :columns]
+    return tiles.reshape(row_tiles * 128, column_tiles * 4)[: shape[0], : shape[1]]
+
+
+def swizzled_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    """The shape of swizzled scales, padding included, from that of the scales in order."""
+    row_tiles, column_tiles = _tiles(shape)
+    return row_tiles * 32, column_tiles * 16
+
+
+def _tiles(shape: tuple[int, int]) -> tuple[int, int]:
+    return kernels.blocks_of(shape[0], 128), kernels.blocks_of(shape[1], 4)
