@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from quantune.cli.compare import Device, named_model
-from quantune.cli.console import err, out, quiet_libraries, size, table
+from quantune.cli.console import out, quiet_libraries, size, table
+from quantune.cli.merge import ConsoleObserver
 from quantune.quantize.choice import choose
 from quantune.recipe.schema import ModelConfig
 
@@ -56,58 +55,28 @@ def quantize(
     """
     choice = choose(backend, weight_dtype, settings=settings or (), skip=skip or (), activation_dtype=activation_dtype)
     config = ModelConfig(base=named_model(model), trust_remote_code=trust_remote_code)
-    quiet_libraries()
-    from quantune.model.base import open_base
-    from quantune.model.device import choose_device
-    from quantune.quantize.quantize import quantize as pack
+    with ConsoleObserver(quiet=as_json) as observer:
+        observer.phase("importing torch and transformers")
+        quiet_libraries()
+        from quantune.model.base import open_base
+        from quantune.model.device import choose_device
+        from quantune.quantize.quantize import quantize as pack
 
-    with Bar(quiet=as_json) as bar:
+        base = open_base(config, allow_remote_code=trust_remote_code)
+        observer.phase("packing")
         made = pack(
-            open_base(config, allow_remote_code=trust_remote_code),
+            base,
             choice,
             folder,
             device=choose_device(device.value),
-            observer=bar,
+            observer=observer,
             max_shard_size=max_shard_size,
             overwrite=overwrite,
         )
     if as_json:
-        out.print_json(json.dumps(made.as_dict(), allow_nan=False))
+        out.print_json(json.dumps({"folder": str(made.folder), **made.as_dict()}, allow_nan=False))
     else:
         _print(made, choice.format)
-
-
-class Bar:
-    """Shows on standard error how much is written."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self.bar = Progress(
-            TextColumn("packing"),
-            BarColumn(bar_width=24),
-            DownloadColumn(binary_units=True),
-            TimeRemainingColumn(),
-            console=err,
-            transient=True,
-            disable=quiet or not err.is_terminal,
-        )
-        self.task = self.bar.add_task("packing", total=None)
-
-    def __enter__(self) -> Bar:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
-
-    def begin(self, nbytes: int) -> None:
-        """So many bytes will be written."""
-        self.bar.update(self.task, total=nbytes)
-
-    def wrote(self, nbytes: int) -> None:
-        """So many more are written."""
-        self.bar.advance(self.task, nbytes)
 
 
 def _print(made: Quantized, format: str) -> None:

@@ -14,19 +14,24 @@ from torch import Tensor
 import quantune
 from quantune.backends import registry
 from quantune.backends.checkpoints import in_words
-from quantune.backends.readers import dtype_name
+from quantune.checkpoint.commit import write_file_atomically
 from quantune.comparison.rows import LayerFigures
 from quantune.comparison.weights import Sums, kind_of, power
-from quantune.errors import InputError, QuantizationError
+from quantune.errors import InputError
+from quantune.merge.companions import write_companions
+from quantune.merge.weights import main_dtype
 from quantune.model.base import Base, skeleton
 from quantune.model.load import check_plan
 from quantune.quantize.choice import Choice
-from quantune.quantize.files import REPORT, copy_beside, write_json
 from quantune.quantize.packer import Packer, Part, plan_packing
+from quantune.recipe.schema import ModelConfig
 from quantune.streaming.mapping import Unit, units
-from quantune.streaming.output import Output, open_output
-from quantune.streaming.rewrite import Entry, Observer, rewrite
+from quantune.streaming.output import disk_errors, open_output
+from quantune.streaming.rewrite import Entry, Job, Observer, rewrite
 from quantune.streaming.source import Source, base_folder, open_source
+
+REPORT = "quantize.json"
+"""How a folder was quantized, and what came of it."""
 
 
 @attrs.frozen(kw_only=True)
@@ -48,8 +53,9 @@ class Quantized:
     def as_dict(self) -> dict[str, Any]:
         """Everything as JSON can hold it, derived figures included."""
         return {
-            **attrs.asdict(self, filter=attrs.filters.include("library", "nbytes", "before")),
-            "folder": str(self.folder),
+            "library": self.library,
+            "nbytes": self.nbytes,
+            "before": self.before,
             "weights": _figures(self.total),
             "kinds": [_figures(kind) for kind in self.kinds],
         }
@@ -86,7 +92,7 @@ def quantize(
     folder = base_folder(base)
     with open_source(folder) as source:
         found = units(model, source.specs)
-        dtype = base.config.dtype if isinstance(base.config.dtype, torch.dtype) else _common_dtype(source)
+        dtype = base.config.dtype if isinstance(base.config.dtype, torch.dtype) else main_dtype(source)
         packer = plan_packing(
             model,
             found,
@@ -97,7 +103,7 @@ def quantize(
             dtype=dtype,
             device=device,
         )
-        job = Quantizing(source=source, packer=packer, units=found)
+        job = Packing(dense=Copying(source=source), packer=packer, units=found)
         identity = _identity(base, choice, source)
         with open_output(out, report=REPORT, identity=identity, overwrite=overwrite) as output:
             nbytes = rewrite(source, found, job, output, observer, max_shard_size=max_shard_size)
@@ -110,33 +116,63 @@ def quantize(
                 total=figures[0],
                 kinds=figures[1],
             )
-            _finish(output, folder, base, packer, {**identity, **made.as_dict()})
+            with disk_errors(output.target):
+                setting = ModelConfig(base=base.name)
+                stored = reader.quantization_config(packer.kept, dtype)
+                write_companions(output.partial, base, folder, setting, model, dtype=dtype, quantization_config=stored)
+                write_file_atomically(output.partial / REPORT, json.dumps({**identity, **made.as_dict()}, indent=2))
+                output.publish()
     return made
 
 
-@attrs.define(kw_only=True, eq=False)
-class Quantizing:
-    """What is written for each tensor of a checkpoint: a packed weight, or the tensor as it is."""
+@attrs.frozen(kw_only=True, eq=False)
+class Copying:
+    """Writes the tensors of a checkpoint as they are."""
 
     source: Source
+    notes: dict[str, str] = attrs.field(factory=dict)
+
+    def entries(self, unit: Unit) -> Sequence[Entry]:
+        """The tensors of a unit, and their sizes."""
+        named = zip(unit.outputs, unit.keys, strict=True)
+        return [Entry(name=name, nbytes=self.source.specs[key].nbytes, beside=key) for name, key in named]
+
+    def tensors(self, unit: Unit) -> Iterable[tuple[str, Tensor]]:
+        """The tensors of a unit, by name."""
+        for name, key in zip(unit.outputs, unit.keys, strict=True):
+            yield name, self.source.read(key)
+
+    def metadata(self, names: Iterable[str]) -> Mapping[str, str]:
+        """The header of a file."""
+        return {"format": "pt"}
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Packing:
+    """Packs what another job writes."""
+
+    dense: Job
+    """Gives every tensor in full precision."""
     packer: Packer
     units: Sequence[Unit]
+    """Of the whole checkpoint."""
     notes: dict[str, str] = attrs.field(factory=dict)
     """By packed tensor: layers, weights, bytes, and the squares of error and signal, as JSON."""
 
-    def entries(self, unit: Unit) -> list[Entry]:
+    def entries(self, unit: Unit) -> Sequence[Entry]:
         """The tensors that are written for a unit, and their sizes."""
         entries = []
-        for key, name in zip(unit.keys, _names(unit), strict=True):
-            part = self.packer.parts.get(key)
-            sizes = {name: self.source.specs[key].nbytes} if part is None else self.packer.sizes(part)
-            entries += [Entry(name=name, nbytes=nbytes, beside=key) for name, nbytes in sizes.items()]
+        for entry in self.dense.entries(unit):
+            part = self.packer.parts.get(entry.beside)
+            sizes = {entry.name: entry.nbytes} if part is None else self.packer.sizes(part)
+            entries += [Entry(name=name, nbytes=nbytes, beside=entry.beside) for name, nbytes in sizes.items()]
         return entries
 
     def tensors(self, unit: Unit) -> Iterable[tuple[str, Tensor]]:
         """The tensors that are written for a unit, by name."""
-        for key, name in zip(unit.keys, _names(unit), strict=True):
-            part, tensor = self.packer.parts.get(key), self.source.read(key)
+        keys = dict(zip(unit.outputs, unit.keys, strict=True))
+        for name, tensor in self.dense.tensors(unit):
+            part = self.packer.parts.get(keys[name])
             if part is None:
                 yield name, tensor
             else:
@@ -144,13 +180,9 @@ class Quantizing:
 
     def metadata(self, names: Iterable[str]) -> Mapping[str, str]:
         """The header of a file: that of the whole checkpoint, because readers put those of all files together."""
-        others = [
-            name
-            for unit in self.units
-            for key, name in zip(unit.keys, _names(unit), strict=True)
-            if key not in self.packer.parts
-        ]
-        return {"format": "pt", **self.packer.metadata(others)}
+        keys = [pair for unit in self.units for pair in zip(unit.outputs, unit.keys, strict=True)]
+        others = [name for name, key in keys if key not in self.packer.parts]
+        return {**self.dense.metadata(names), **self.packer.metadata(others)}
 
     def figures(self) -> tuple[LayerFigures, tuple[LayerFigures, ...]]:
         """How far the packed weights are from the original ones: all of them, and by kind of layer."""
@@ -179,21 +211,6 @@ class Quantizing:
         return tensors
 
 
-def _names(unit: Unit) -> tuple[str, ...]:
-    return unit.outputs
-
-
-def _common_dtype(source: Source) -> torch.dtype:
-    """The dtype of most of a checkpoint's numbers."""
-    sizes: dict[torch.dtype, int] = {}
-    for spec in source.specs.values():
-        if spec.dtype.is_floating_point:
-            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
-    if not sizes:
-        raise QuantizationError("expected floating-point weights in the checkpoint, found none")
-    return max(sizes, key=lambda dtype: sizes[dtype])
-
-
 def _identity(base: Base, choice: Choice, source: Source) -> dict[str, Any]:
     """What is written, from what."""
     return {
@@ -205,18 +222,6 @@ def _identity(base: Base, choice: Choice, source: Source) -> dict[str, Any]:
         "skip": list(choice.quantization.skip),
         "activation_dtype": choice.activation_dtype,
     }
-
-
-def _finish(output: Output, folder: Path, base: Base, packer: Packer, report: Mapping[str, Any]) -> None:
-    """Write what lies beside the weights, `config.json` last, and give the folder its name."""
-    copy_beside(folder, output.partial)
-    write_json(output.partial / REPORT, report)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if config.get("dtype", config.get("torch_dtype")) is None:
-        config["dtype"] = dtype_name(packer.dtype)
-    config["quantization_config"] = packer.reader.quantization_config(packer.kept, packer.dtype)
-    write_json(output.partial / "config.json", config)
-    output.publish()
 
 
 def _figures(figures: LayerFigures) -> dict[str, Any]:
