@@ -171,7 +171,7 @@ def adopting_conversions(conversions: list[Any], quantizer: HfQuantizer, plan: Q
         if isinstance(conversion, WeightConverter):
             sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
             leaf = targets[0].rpartition(".")[2]
-            if len(targets) == 1 and leaf in experts.PROJECTIONS and _stacks_rows(conversion.operations):
+            if len(targets) == 1 and leaf in experts.PROJECTIONS and stacks_rows(conversion.operations):
                 names = [name for source in sources for name in plan.backend.checkpoint_names(source).values()]
                 operations = [AdoptExperts(quantizer, plan, list(sources))]
                 conversion = conversion.copy(names, targets, operations=operations)
@@ -184,7 +184,7 @@ def adopting_conversions(conversions: list[Any], quantizer: HfQuantizer, plan: Q
     return made
 
 
-def _stacks_rows(operations: list[ConversionOps]) -> bool:
+def stacks_rows(operations: list[ConversionOps]) -> bool:
     """Whether operations on experts merely stack them, gate above up."""
     kinds = [type(operation) for operation in operations]
     if kinds == [MergeModulelist]:

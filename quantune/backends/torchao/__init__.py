@@ -81,6 +81,7 @@ description = BackendDescription(
     summary="torchao's formats: int4 in groups, NF4, NVFP4, int8, fp8 by rows",
     weight_dtypes=("int4", "nf4", "nvfp4", "int8", "fp8"),
     bits_per_weight={"int4": 4.25, "nf4": 4.127, "nvfp4": 4.5, "int8": 8.008, "fp8": 8.008},
+    activation_dtypes={"int8": ("int8",), "fp8": ("fp8",)},
     options=TorchaoOptions,
     probe=lambda: Probe(available=True, devices=("cpu", "cuda")),
     load=_load,
