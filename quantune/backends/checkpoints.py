@@ -81,9 +81,10 @@ def as_stored(stored: Mapping[str, Any]) -> QuantizationConfig | None:
     backend = _adopting(stored)
     if backend is None:
         return None
-    options = registry.describe(backend).options
-    of_checkpoint = getattr(options, "of_checkpoint", None)
-    return QuantizationConfig(backend=backend, options=options() if of_checkpoint is None else of_checkpoint(stored))
+    cls = registry.describe(backend).options
+    of_checkpoint = getattr(cls, "of_checkpoint", None)
+    options = cls() if of_checkpoint is None else of_checkpoint(stored)
+    return None if options is None else QuantizationConfig(backend=backend, options=options)
 
 
 def _adopting(stored: Mapping[str, Any]) -> str | None:
