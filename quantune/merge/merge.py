@@ -19,12 +19,13 @@ from quantune.errors import InputError, ModelError
 from quantune.merge.companions import write_companions
 from quantune.merge.trained import BASE_FILES, TrainedAdapter, require_same_base
 from quantune.merge.updates import AdapterUpdate, Update, WeightedUpdate, load_update, require_plain
-from quantune.merge.weights import BaseWeights, Counts, MergeJob, Onto, main_dtype
+from quantune.merge.weights import BaseWeights, MergeJob, Onto, main_dtype, vocabulary_weights
 from quantune.model.adapter import build_initialization
 from quantune.model.base import Base, open_base, skeleton
 from quantune.model.device import DTYPES, choose_precision
 from quantune.model.load import fingerprint_of, plan_base
 from quantune.model.targets import head_names
+from quantune.model.vocabulary import Additions
 from quantune.recipe.schema import AdapterConfig, ModelConfig, QuantizationConfig, Recipe
 from quantune.streaming.adopted import AdoptedSource, adopted
 from quantune.streaming.mapping import Unit, checkpoint_name, units
@@ -209,11 +210,10 @@ def merge(request: MergeRequest, device: torch.device, observer: Observer, verif
             update=update,
             changed=update.names(),
             onto=request.onto,
-            additions=base.additions,
+            vocabulary=frozenset() if base.additions == Additions() else vocabulary_weights(meta),
             dtype=request.dtype,
-            main_dtype=main_dtype(source),
+            main_dtype=main_dtype(stored),
             quantized=frozenset(source.packed) if isinstance(source, AdoptedSource) else frozenset(),
-            counts=Counts(),
         )
         found = units(meta, source.specs)
         _require_places(update, found, tied, base)

@@ -117,6 +117,7 @@ def load_update(model: PreTrainedModel, folder: Path, device: torch.device) -> A
         if isinstance(config.init_lora_weights, str):  # the base is given without the adapter's share
             config.init_lora_weights = True
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+        stand_ins = _place(adapted, device)
         loaded: Any = set_peft_model_state_dict(
             adapted, {name: tensor.to(device) for name, tensor in tensors.items()}, NAME, low_cpu_mem_usage=True
         )
@@ -127,7 +128,7 @@ def load_update(model: PreTrainedModel, folder: Path, device: torch.device) -> A
     if missing or loaded.unexpected_keys:
         what = f"it lacks {missing[0]}" if missing else f"the base has no place for {loaded.unexpected_keys[0]}"
         raise ModelError(f"the adapter in {folder} was trained on another base: {what}")
-    return _read(adapted, config)
+    return _read(adapted, config, stand_ins)
 
 
 def require_plain(update: AdapterUpdate, folder: Path) -> None:
@@ -150,7 +151,24 @@ def require_plain(update: AdapterUpdate, folder: Path) -> None:
         )
 
 
-def _read(adapted: PeftModel, config: LoraConfig) -> AdapterUpdate:
+def _place(adapted: PeftModel, device: torch.device) -> set[int]:
+    """Let adapted weights seem to be fp32 on `device`, where PEFT then puts the adapter; they take no memory.
+
+    Returns their identities.
+    """
+    nothing = torch.zeros((), device=device)
+    placed = set()
+    for layer in adapted.modules():
+        if isinstance(layer, LoraLayer):
+            base: Any = layer.get_base_layer()
+            leaf = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
+            stand_in = nn.Parameter(nothing.expand(base.get_parameter(leaf).shape), requires_grad=False)
+            base.register_parameter(leaf, stand_in)
+            placed.add(id(stand_in))
+    return placed
+
+
+def _read(adapted: PeftModel, config: LoraConfig, stand_ins: set[int]) -> AdapterUpdate:
     layers: dict[str, LoraLayer] = {}
     experts: dict[str, ParamWrapper] = {}
     biases: dict[str, LoraLayer] = {}
@@ -175,7 +193,8 @@ def _read(adapted: PeftModel, config: LoraConfig) -> AdapterUpdate:
                 tokens.trainable_tokens_delta[NAME].detach(),
             )
     for path, parameter in inner.named_parameters():
-        if not parameter.is_meta and not any(mark in path for mark in MARKS):
+        own = any(mark in path for mark in MARKS)
+        if not parameter.is_meta and not own and id(parameter) not in stand_ins:
             replaced[_plain(path)] = parameter.detach()  # a bias
     return AdapterUpdate(config=config, layers=layers, experts=experts, biases=biases, replaced=replaced, rows=rows)
 
