@@ -56,10 +56,11 @@ def format_problem(stored: Mapping[str, Any], quantization: QuantizationConfig |
     holds = f"is already quantized ({in_words(stored)})"
     whole = as_stored(stored)
     if quantization is None and whole is None:
-        can = " and ".join(name for name in registry.BUILT_IN if registry.describe(name).adopts)
+        *names, last = (name for name in registry.BUILT_IN if registry.describe(name).adopts)
         return FormatProblem(
             code="QT123",
-            message=f"{holds}, and quantune can't train on that: of quantized checkpoints it takes over {can}",
+            message=f"{holds}, and quantune can't train on that: of quantized checkpoints it takes over those in "
+            f"the formats of {', '.join(names)} and {last}",
             way_out="choose the unquantized base; [quantization] packs it",
         )
     chosen = whole if quantization is None else quantization
