@@ -73,6 +73,10 @@ class Backend(abc.ABC):
         """What checkpoints of this format call the tensors of `export`, for a parameter called `parameter`."""
         return {"weight": parameter}
 
+    def stored_names(self, parameter: str, options: Any) -> Mapping[str, str]:
+        """`checkpoint_names`, for a format whose options decide which tensors there are: those of `options` alone."""
+        return self.checkpoint_names(parameter)
+
     def stack_rows(self, parts: Sequence[Mapping[str, Tensor]], options: Any) -> Mapping[str, Tensor]:
         """The tensors of `export` of weights stacked by rows, from those of each.
 

@@ -80,7 +80,7 @@ def adopted(source: Source, model: PreTrainedModel, plan: QuantizationPlan) -> A
             shapes[key] = TensorSpec(torch.float32, tuple(shape))
             if getattr(module, "is_transposed", False):
                 transposed.add(key)
-        elif shape is not None and "weight" not in packed[key]:
+        elif shape is not None:
             shapes[key] = TensorSpec(torch.float32, tuple(shape))
     return AdoptedSource(
         shards=shards,
@@ -95,17 +95,18 @@ def adopted(source: Source, model: PreTrainedModel, plan: QuantizationPlan) -> A
 
 def _packed(source: Source, plan: QuantizationPlan) -> dict[str, dict[str, str]]:
     """The tensors of every quantized weight, by the name of the dense one."""
-    endings = {part: name[1:] for part, name in plan.backend.checkpoint_names("X").items()}
-    marking = next(ending for ending in endings.values() if ending)
     found: dict[str, dict[str, str]] = {}
-    for key in source.specs:
-        if key.endswith(marking):
-            dense = key.removesuffix(marking)
-            parts = {part: f"{dense}{ending}" for part, ending in endings.items()}
-            missing = [name for name in parts.values() if name not in source.specs]
-            if missing:
-                raise ModelError(f"the checkpoint has {key} and lacks {missing[0]}; fetch it again")
-            found[dense] = parts
+    for leaf in ("weight", *experts.PROJECTIONS):
+        names = plan.backend.stored_names(f".{leaf}", plan.options)
+        marking = next(name for name in names.values() if name != f".{leaf}")
+        for key in source.specs:
+            if key.endswith(marking):
+                module = key.removesuffix(marking)
+                parts = {part: f"{module}{name}" for part, name in names.items()}
+                missing = [name for name in parts.values() if name not in source.specs]
+                if missing:
+                    raise ModelError(f"the checkpoint has {key} and lacks {missing[0]}; fetch it again")
+                found[f"{module}.{leaf}"] = parts
     return found
 
 

@@ -173,6 +173,10 @@ class BnbBackend(Backend):
         names = {part: f"{parameter}.{part}" for part in FOUR_BIT_PARTS}
         return {"weight": parameter, **names, "SCB": f"{module}SCB", "weight_format": f"{module}weight_format"}
 
+    def stored_names(self, parameter: str, options: BnbOptions) -> Mapping[str, str]:
+        names = self.checkpoint_names(parameter)
+        return {part: names[part] for part, _ in _stored(options.resolved())}
+
     def reader(self, options: BnbOptions, activation_dtype: str | None = None) -> BnbReader:
         return BnbReader(backend=self, options=options.resolved())
 

@@ -30,7 +30,15 @@ from quantune.backends import kernels
 from quantune.backends.backend import Backend
 from quantune.backends.layout import PackedLayout, PackedWeight, TensorSpec
 from quantune.backends.torchao import INT4_GROUP_SIZES, TorchaoOptions
-from quantune.backends.torchao.reader import TorchaoReader, swizzled, swizzled_shape, unswizzled
+from quantune.backends.torchao.reader import (
+    PARTS,
+    STORED,
+    TorchaoReader,
+    stored_name,
+    swizzled,
+    swizzled_shape,
+    unswizzled,
+)
 from quantune.errors import QuantizationError
 
 Views = Mapping[str, Tensor]
@@ -107,6 +115,12 @@ class TorchaoBackend(Backend):
             scale = unswizzled(tensors["scale"], ordered)
             return {**tensors, "scale": scale, "per_tensor_scale": tensors["per_tensor_scale"].view(1)}
         return tensors
+
+    def checkpoint_names(self, parameter: str) -> Mapping[str, str]:
+        return {part: stored_name(parameter, part) for part in PARTS}
+
+    def stored_names(self, parameter: str, options: TorchaoOptions) -> Mapping[str, str]:
+        return {part: stored_name(parameter, part) for part in STORED.get(options.weight_dtype, PARTS)}
 
     def reader(self, options: TorchaoOptions, activation_dtype: str | None = None) -> TorchaoReader:
         if options.weight_dtype == "nf4":

@@ -16,11 +16,19 @@ import torch
 from torch import Tensor
 
 from quantune.backends import kernels
-from quantune.backends.layout import PackedLayout, PackedWeight
+from quantune.backends.layout import PackedLayout
 from quantune.backends.readers import Destination, Reader, dtype_name
 from quantune.backends.torchao import TorchaoOptions
 
 PER_ROW = {"_type": "PerRow", "_version": 1, "_data": {"dim": -1}}
+STORED = {
+    "int8": ("zero_point", "qdata", "scale"),
+    "fp8": ("qdata", "scale"),
+    "int4": ("qdata", "scale", "zero_point"),
+    "nvfp4": ("per_tensor_scale", "qdata", "scale"),
+}
+"""The tensors of a weight, in the order in which torchao names them."""
+PARTS = ("qdata", "scale", "zero_point", "per_tensor_scale")
 FP8_MULTIPLE = 16
 """What both dimensions are a multiple of where activations are fp8 as well; torchao leaves other weights alone."""
 
@@ -59,9 +67,6 @@ class TorchaoReader(Reader):
             )
         return None
 
-    def tensors(self, name: str, packed: PackedWeight) -> dict[str, Tensor]:
-        return {_stored_name(name, part): tensor for part, tensor in self.backend.export(packed).items()}
-
     def metadata(self, layouts: Mapping[str, PackedLayout], others: Iterable[str]) -> dict[str, str]:
         header = {name: json.dumps({"_type": "Tensor"}) for name in others}
         header.update((name, json.dumps(self._tensor(layout))) for name, layout in layouts.items())
@@ -81,7 +86,7 @@ class TorchaoReader(Reader):
                 "block_size": group,
                 "dtype": dtype,
             }
-            return _described("Int8Tensor", data, ["zero_point", "qdata", "scale"])
+            return _described("Int8Tensor", data, STORED["int8"])
         if self.options.weight_dtype == "fp8":
             data = {
                 "block_size": [1, columns],
@@ -90,11 +95,11 @@ class TorchaoReader(Reader):
                 "kernel_preference": _enum("KernelPreference", "AUTO"),
                 "dtype": dtype,
             }
-            return _described("Float8Tensor", data, ["qdata", "scale"])
+            return _described("Float8Tensor", data, STORED["fp8"])
         if self.options.weight_dtype == "int4":
             activation = _enum("torch.dtype", "bfloat16")
             data = {"activation_dtype": activation, "block_size": group, "shape": [rows, columns]}
-            return _described("Int4Tensor", data, ["qdata", "scale", "zero_point"])
+            return _described("Int4Tensor", data, STORED["int4"])
         assert self.options.weight_dtype == "nvfp4"
         data = {
             "is_swizzled_scales": True,
@@ -103,7 +108,7 @@ class TorchaoReader(Reader):
             "block_size": self.options.group_size,
             "orig_dtype": dtype,
         }
-        return _described("NVFP4Tensor", data, ["per_tensor_scale", "qdata", "scale"])
+        return _described("NVFP4Tensor", data, STORED["nvfp4"])
 
 
 def _config(options: TorchaoOptions, activation_dtype: str | None) -> tuple[str, int, dict[str, Any]]:
@@ -122,17 +127,18 @@ def _config(options: TorchaoOptions, activation_dtype: str | None) -> tuple[str,
     return "NVFP4WeightOnlyConfig", 1, {}
 
 
-def _described(kind: str, data: dict[str, Any], tensors: list[str]) -> dict[str, Any]:
-    return {"_type": kind, "_data": data, "_tensor_data_names": tensors}
+def _described(kind: str, data: dict[str, Any], tensors: Sequence[str]) -> dict[str, Any]:
+    return {"_type": kind, "_data": data, "_tensor_data_names": list(tensors)}
 
 
 def _enum(kind: str, name: str) -> dict[str, str]:
     return {"_type": kind, "_data": name}
 
 
-def _stored_name(name: str, part: str) -> str:
-    module, _, leaf = name.rpartition(".")
-    return f"{module}._{leaf}_{part}"
+def stored_name(name: str, part: str) -> str:
+    """What checkpoints call one of the tensors of a weight."""
+    module, dot, leaf = name.rpartition(".")
+    return f"{module}{dot}_{leaf}_{part}"
 
 
 PER_TOKEN = {"_type": "PerRow", "_data": {"dim": -1}}
