@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from quantune.errors import QuantizationError
 from quantune.merge.opening import Opened
 from quantune.merge.weights import MergeJob
 from quantune.quantize.packer import Packer, plan_packing
@@ -25,17 +26,22 @@ def plan_packed(opened: Opened, found: Sequence[Unit], source: Source, dtype: to
     """
     plan = opened.plan
     assert plan is not None
-    return plan_packing(
-        opened.model,
-        found,
-        source.specs,
-        plan.backend.reader(plan.options),
-        skip=plan.skip,
-        pack_experts=plan.experts,
-        dtype=dtype,
-        device=opened.device,
-        packed_from=plan.pack_dtype,
-    )
+    try:
+        return plan_packing(
+            opened.model,
+            found,
+            source.specs,
+            plan.backend.reader(plan.options),
+            skip=plan.skip,
+            pack_experts=plan.experts,
+            dtype=dtype,
+            device=opened.device,
+            packed_from=plan.pack_dtype,
+        )
+    except QuantizationError as error:
+        raise QuantizationError(
+            f"--onto packed: {error}; or merge with --onto dequantized, which needs no reader"
+        ) from error
 
 
 def pack_into(job: MergeJob, packer: Packer, found: Sequence[Unit]) -> PackedMerge:
@@ -55,6 +61,6 @@ class PackedMerge(Packing):
         untouched = self.merge.changed.isdisjoint(unit.parameters)
         if isinstance(source, AdoptedSource) and untouched and unit.keys[0] in source.packed:
             for key in unit.keys:
-                yield from self.packer.tensors(self.packer.parts[key], source.weights(key)).items()
+                yield from self.packer.tensors(self.packer.parts[key], list(source.weights(key))).items()
             return
         yield from super().tensors(unit)
