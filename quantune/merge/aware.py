@@ -29,8 +29,8 @@ from quantune.model.lora_layer import QuantLoraLinear
 from quantune.quantized.linear import QuantLinear
 
 EMPHASES = (0.0, 100.0, 10_000.0)
-"""What is tried beside plain packing, in multiples of the mean energy of an input. On the built-in model updates of 10 %
-of the weights want none, those of 0.5 % and less a large one."""
+"""What is tried beside plain packing, in multiples of the mean energy of an input. On the built-in model updates of
+10 % of the weights want none, those of 0.5 % and less a large one."""
 MOMENT_BYTES = 1 << 31
 """Second moments of inputs that are held at a time; more layers take more passes."""
 

@@ -121,7 +121,7 @@ def open_output(target: Path, *, report: str, identity: Mapping[str, Any], overw
         FolderInUseError: another process writes it.
     """
     target = Path(os.path.abspath(target))
-    _require_free(target, report, overwrite)
+    require_free(target, report, overwrite=overwrite)
     partial = target.with_name(target.name + PARTIAL)
     try:
         make_folder(partial)
@@ -138,9 +138,14 @@ def open_output(target: Path, *, report: str, identity: Mapping[str, Any], overw
             ) from None
         os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         output = Output(target=target, partial=partial, report=report, identity=dict(identity))
-        with disk_errors(target):
-            output._begin()
-        yield output
+        try:
+            with disk_errors(target):
+                output._begin()
+            yield output
+        except Exception:
+            if not output.complete:
+                output.discard()
+            raise
     finally:
         os.close(lock)
 
@@ -190,7 +195,12 @@ def size(nbytes: int) -> str:
     return f"{amount:.0f} {units[0]}" if units[0] == "bytes" else f"{amount:.1f} {units[0]}"
 
 
-def _require_free(target: Path, report: str, overwrite: bool) -> None:
+def require_free(target: Path, report: str, *, overwrite: bool) -> None:
+    """Require that a folder may be written, before much is done for it.
+
+    Raises:
+        InputError: it exists, and is not to be replaced, or is not one that has `report` in it.
+    """
     if not os.path.lexists(target):
         return
     if not target.is_dir():
