@@ -19,8 +19,9 @@ import torchao  # noqa: F401  what publishing an adapter imports
 import quantune.cli
 import quantune.training.answer  # noqa: F401  what generating imports
 import quantune.training.run  # noqa: F401  what a run imports
+from quantune.cli import console
 
-TIMEOUT = 120
+TIMEOUT = 180
 """Seconds after which a command counts as hung."""
 
 
@@ -117,6 +118,7 @@ def _main(arguments: list[str], output: Path, errors: Path, before: Callable[[],
     sys.path[:0] = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder not in sys.path]
     importlib.invalidate_caches()
     sys.argv = ["quantune", *arguments]
+    console.given_arguments()[:] = arguments  # kept when the module was imported
     try:
         before()
         quantune.cli.main()
