@@ -92,6 +92,14 @@ def merge(
         typer.Option("--recipe", metavar="FILE", help="How the adapter was trained, where its folder does not say."),
     ] = None,
     device: Annotated[Device, typer.Option("--device", help="Where to pack and add.")] = Device.auto,
+    aware: Annotated[
+        bool,
+        typer.Option(
+            "--aware",
+            help="With --onto packed: choose the roundings for what the layers read on the training data. Keeps far "
+            "more of the adapter, and takes a few passes over a sample of it.",
+        ),
+    ] = False,
     verify: Annotated[
         bool | None,
         typer.Option(
@@ -112,6 +120,11 @@ def merge(
 ) -> None:
     """Merge an adapter into its base, as a checkpoint that transformers loads."""
     named = _named(trained, adapters)
+    if aware and onto is not Onto.packed:
+        raise InputError(
+            f"--aware chooses how weights are packed, and --onto {onto.value} packs none; "
+            "add --onto packed, or leave it out"
+        )
     with ConsoleObserver(quiet=as_json) as observer:
         observer.phase("importing torch and transformers")
         quiet_libraries()
@@ -134,6 +147,7 @@ def merge(
             max_shard_size=max_shard_size,
             force=force,
             overwrite=overwrite,
+            aware=aware,
             verify=verify,
             trust_remote_code=trust_remote_code,
         )

@@ -153,7 +153,8 @@ def warning(row: WayRow) -> str | None:
     if not row.drowned or row.kept is None:
         return None
     much = "none" if row.kept <= 0 else f"only {row.kept:.0%}"
+    aware = "--aware keeps more of it; " if row.way == "packed" else ""
     return (
-        f"{row.way} keeps {much} of the adapter's improvement: the rounding of the weights drowns it. Merge with "
-        "--onto dequantized, which keeps all of it, or serve the packed base with the adapter beside it"
+        f"{row.way} keeps {much} of the adapter's improvement: the rounding of the weights drowns it. "
+        f"{aware}--onto dequantized keeps all of it, and so does serving the packed base with the adapter beside it"
     )

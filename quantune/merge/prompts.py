@@ -42,6 +42,7 @@ def prompts_of(
     *,
     vocabulary_size: int | None = None,
     positions: int | None = None,
+    trained_on: bool = False,
     max_tokens: int = MAX_TOKENS,
 ) -> Prompts:
     """Prompts from the evaluation data of a recipe, else from its training data, else from the built-in text.
@@ -51,11 +52,12 @@ def prompts_of(
     Args:
         vocabulary_size: rows of the embedding.
         positions: most tokens that the model takes.
+        trained_on: take the training data, so that the evaluation data stays unseen.
     """
     why = ""
     if recipe is not None:
         try:
-            samples, name, held_out = _samples(recipe, tokenizer, vocabulary_size)
+            samples, name, held_out = _samples(recipe, tokenizer, vocabulary_size, trained_on)
             return _prompts(spread(samples, max_tokens), name, held_out, positions)
         except DataError as error:
             why = f" (not the run's data: {error})"
@@ -73,14 +75,14 @@ def spread(samples: Sequence[Sample], max_tokens: int) -> Sequence[Sample]:
 
 
 def _samples(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int | None
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int | None, trained_on: bool
 ) -> tuple[Sequence[Sample], str, bool]:
-    if recipe.data.eval:  # the training data may be large and is not needed
+    if recipe.data.eval and not trained_on:  # the training data may be large and is not needed
         data = build(recipe.data.eval, recipe.data, tokenizer, vocabulary_size=vocabulary_size)
         return data.samples, "the run's evaluation data", True
     config = attrs.evolve(recipe.data, packing=False)
     read = prepare(config, tokenizer, seed=recipe.training.seed, vocabulary_size=vocabulary_size)
-    if read.eval is not None:
+    if read.eval is not None and not trained_on:
         return read.eval.samples, "what the run held out", True
     return read.train.samples, "the run's training data", False
 
