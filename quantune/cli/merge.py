@@ -164,10 +164,10 @@ def merge(
     elif compare:
         print_ways(ways)
     else:
-        print_result(result, onto.value)
+        print_result(result, onto.value, aware=aware)
 
 
-def print_result(result: MergeResult, onto: str) -> None:
+def print_result(result: MergeResult, onto: str, *, aware: bool = False) -> None:
     """What was merged, on standard output."""
     parts = [f"{result.merged} weights merged"]
     if result.dequantized:
@@ -176,7 +176,7 @@ def print_result(result: MergeResult, onto: str) -> None:
     out.print(f"[bold]{escape(str(result.folder))}[/]  {size(result.nbytes)} in {result.seconds:.1f} s")
     out.print(f"{', '.join(parts)}; {result.dtype}, onto the {onto} base")
     if result.verification is not None:
-        print_verification(result.verification, exact=onto == "dequantized")
+        print_verification(result.verification, way="packed, aware" if aware else onto)
 
 
 class ConsoleObserver:

@@ -21,9 +21,9 @@ from quantune.backends.backend import pack_weight
 from quantune.backends.layout import PackedWeight
 from quantune.comparison.outputs import predict
 from quantune.comparison.text import Windows
+from quantune.merge.answers import inner_model
 from quantune.merge.distance import distance
 from quantune.merge.rounding import emphasize, pack_for
-from quantune.merge.verify import inner_model
 from quantune.model.adapter import NAME
 from quantune.model.lora_layer import QuantLoraLinear
 from quantune.quantized.linear import QuantLinear

@@ -35,6 +35,11 @@ class Prompts:
     """Shape (predicted tokens,), bool: the tokens that the loss is about. All rows one after the other, the first token
     of each left out."""
 
+    @property
+    def tokens_N(self) -> Tensor:
+        """The predicted tokens themselves, int64."""
+        return torch.tensor([token for row in self.windows.rows for token in row[1:]])
+
 
 def prompts_of(
     recipe: Recipe | None,
