@@ -298,8 +298,8 @@ CODES = (
     Code(
         name="QT115",
         title="merge_lora asks to merge the adapter when training ends.",
-        explanation="A quantized base can't hold the adapter's update, so a run saves the adapter by itself, and "
-        "merging it into an unquantized checkpoint is a step of its own. Remove the key.",
+        explanation="A run saves the adapter by itself, and quantune merge RUN merges it into the base afterwards and "
+        "shows that the merged model answers as base and adapter do. Remove the key.",
         example='merge_lora = true\n\n[quantization]\nbackend = "bnb"',
         corrected='[quantization]\nbackend = "bnb"',
     ),
