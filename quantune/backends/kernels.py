@@ -34,7 +34,7 @@ Decode = Callable[[int, int, Tensor], None]
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a float tensor holds neither NaN nor infinity: its sum tells, unless that overflows, in one quick pass."""
+    """Whether a float tensor holds neither NaN nor infinity; its sum tells, in one pass, unless that overflows."""
     return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
 
 
