@@ -86,6 +86,16 @@ class Verification:
             f"({self.found.tokens:,} tokens of {self.prompts})"
         )
 
+    def require(self) -> None:
+        """Require that the merged model is what was trained.
+
+        Raises:
+            VerificationError: it is not.
+        """
+        problem = self.problem()
+        if problem is not None:
+            raise VerificationError(problem)
+
 
 def verify(
     reference: Callable[[], nn.Module],
@@ -105,9 +115,7 @@ def verify(
         VerificationError: the merged model's answers are further away than a rounding of its weights explains.
     """
     verification = measure(reference, candidate, prompts, dtype=dtype)
-    problem = verification.problem()
-    if problem is not None:
-        raise VerificationError(problem)
+    verification.require()
     return verification
 
 

@@ -24,6 +24,7 @@ from quantune.streaming.rewrite import Entry
 from quantune.streaming.source import Source
 
 Onto = Literal["dequantized", "original", "packed"]
+ONTO: tuple[Onto, ...] = ("dequantized", "original", "packed")
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -133,6 +134,8 @@ class MergeJob:
     """What the checkpoint has most of its weights in."""
     quantized: frozenset[str]
     """The tensors that the checkpoint itself stores packed."""
+    kept_in: Mapping[str, torch.dtype] = attrs.field(factory=dict)
+    """Tensors that are given in another dtype than they are written in, because they are packed from it."""
     checked: set[int] = attrs.field(factory=set)
     """Converters that were tried, by identity."""
 
@@ -235,6 +238,8 @@ class MergeJob:
         }
 
     def _dtype_of(self, key: str) -> torch.dtype:
+        if key in self.kept_in:
+            return self.kept_in[key]
         stored = self.source.specs[key].dtype
         if key in self.quantized:
             return self.dtype or self.main_dtype

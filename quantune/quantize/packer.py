@@ -23,7 +23,7 @@ from quantune.quantized import experts
 from quantune.streaming.mapping import Unit
 
 PACKED_FROM = torch.float32
-"""What weights are packed from, in whatever dtype they are stored: rounded scales would cost accuracy."""
+"""What weights are packed from by default: rounded scales would cost accuracy."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -54,6 +54,8 @@ class Packer:
     reader: Reader
     dtype: torch.dtype
     """What the reader computes in."""
+    packed_from: torch.dtype
+    """What weights are packed from, in whatever dtype they are stored."""
     device: torch.device
     """Where weights are packed."""
     parts: Mapping[str, Part]
@@ -76,7 +78,7 @@ class Packer:
         packed = []
         for index, weight in enumerate(part.weights(tensor)):
             name = part.key if part.stack is None else f"{part.key}[{index}]"
-            weight = weight.to(self.device, PACKED_FROM)
+            weight = weight.to(self.device, self.packed_from)
             packed.append(pack_weight(self.reader.backend, weight, self.reader.options, name=name))
         return packed
 
@@ -104,6 +106,7 @@ def plan_packing(
     pack_experts: bool = True,
     dtype: torch.dtype,
     device: torch.device,
+    packed_from: torch.dtype = PACKED_FROM,
 ) -> Packer:
     """Decide what of a checkpoint is packed.
 
@@ -129,7 +132,9 @@ def plan_packing(
             refused.update((name, "transformers makes it of other weights of the checkpoint") for name in covered)
             continue
         for key in unit.keys:
-            part = _part(unit, key, specs[key], stacks.get(covered[0]), reader, dtype, model.config.model_type)
+            part = _part(
+                unit, key, specs[key], stacks.get(covered[0]), reader, dtype, packed_from, model.config.model_type
+            )
             reason = reader.refusal(part.destination)
             if reason is not None:
                 refused[key] = reason
@@ -143,7 +148,7 @@ def plan_packing(
         raise QuantizationError(_refusal(refused, reader, all_of_them=refused.keys() >= parts.keys()))
     packed = {part.parameter for part in parts.values()}
     kept = tuple(_kept(model, packed))
-    return Packer(reader=reader, dtype=dtype, device=device, parts=parts, kept=kept)
+    return Packer(reader=reader, dtype=dtype, packed_from=packed_from, device=device, parts=parts, kept=kept)
 
 
 def _apart(unit: Unit) -> bool:
@@ -160,6 +165,7 @@ def _part(
     stack: nn.Module | None,
     reader: Reader,
     dtype: torch.dtype,
+    packed_from: torch.dtype,
     model_type: str,
 ) -> Part:
     parameter = unit.parameters[0]
@@ -173,7 +179,7 @@ def _part(
     destination = Destination(
         name=name, shape=shape, dtype=dtype, expert=stack is not None, stacked=stacked, model_type=model_type
     )
-    layout = layout_of(reader.backend, shape, PACKED_FROM, reader.options, name=key)
+    layout = layout_of(reader.backend, shape, packed_from, reader.options, name=key)
     return Part(
         key=key,
         parameter=parameter,

@@ -42,7 +42,14 @@ def answer(
     config = recipe.model if trained_here else attrs.evolve(recipe.model, attn_implementation="auto")  # a GPU's, say
     base = open_base(config, recipe.quantization, allow_remote_code=allow_remote_code)
     dtype = DTYPES[choose_precision(recipe.training.precision if trained_here else "auto", device)]
-    model = load_trained_base(recipe, base, adapted=adapter is not None, compute_dtype=dtype, device=device)
+    model = load_trained_base(
+        base,
+        None if adapter is None else recipe.adapter,
+        seed=recipe.training.seed,
+        precision=recipe.training.precision,
+        compute_dtype=dtype,
+        device=device,
+    )
     if packed is not None and adapter is not None and packed_fingerprint(model) != packed:
         warn("the base packs to other bytes on this machine than it was trained on; answers may differ slightly")
     answering = model if adapter is None else load_adapter(model, adapter)
