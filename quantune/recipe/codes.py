@@ -360,9 +360,9 @@ CODES = (
         name="QT122",
         title="The base is already quantized in another way than the recipe says.",
         explanation="The checkpoint's config.json says that its weights are quantized, and packing them once more "
-        "would lose what they still hold. A checkpoint in MXFP4 or in FP8 blocks is taken over bit for bit, with the "
-        "backend of that name or without [quantization]. For any other format the unquantized base is needed, which "
-        "its model card usually names.",
+        "would lose what they still hold. A checkpoint in MXFP4, in FP8 blocks, of bitsandbytes or of torchao is taken "
+        "over bit for bit, with the backend of that format or without [quantization]. For any other format the "
+        "unquantized base is needed, which its model card usually names.",
         example='[model]\nbase = "models/llama-awq"\n\n[quantization]\nbackend = "bnb"',
         corrected='[model]\nbase = "models/llama"\n\n[quantization]\nbackend = "bnb"',
     ),
