@@ -137,4 +137,7 @@ def warning(way: str, kept: float | None) -> str | None:
     much = "none" if kept <= 0 else f"only {kept:.0%}"
     why = "it was trained on other weights" if way == "original" else "the rounding of the weights drowns it"
     aware = "--aware keeps more of it; " if way == "packed" else ""
-    return f"{way} keeps {much} of the adapter's improvement: {why}. {aware}--onto dequantized keeps all of it, and so does serving the packed base with the adapter beside it"
+    return (
+        f"{way} keeps {much} of the adapter's improvement: {why}. {aware}--onto dequantized keeps all of it, and so "
+        "does serving the packed base with the adapter beside it"
+    )
