@@ -64,6 +64,8 @@ def choose_weights(opened: Opened, request: MergeRequest, observer: Observer) ->
     model = load_reference(opened, request)
     prompts = prompts_for(opened, request, trained_on=True)
     made = pack_aware(model, opened.update.apply, prompts.windows, observer.phase)
+    if not made.weights:
+        raise QuantizationError("--aware: the adapter is on no packed linear layer, so there is nothing to choose")
     return {f"{name}.weight": weight for name, weight in made.weights.items()}
 
 
