@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from quantune.quantized.linear import PackedLoraLinear, WeightFormat, packed_linear
+from quantune.quantized.rounding import RoundedLoraLinear, Rounding
 
 IMPLEMENTATION = "quantune"
 """The name under which transformers finds the function."""
@@ -134,6 +135,10 @@ def _project(module: nn.Module, name: str, expert: int, x: Tensor) -> Tensor:
     bias = module.get_parameter(f"{name}_bias")[expert] if module.has_bias else None
     weight_format = weight_formats(module).get(name)
     updates = [(it.lora_A[expert], it.lora_B[expert], it.scaling) for it in _updates(module).get(name, ())]
+    rounding: Rounding | None = getattr(module, "rounding", None)
+    if weight_format is not None and len(updates) == 1 and rounding is not None and rounding.applies(module):
+        lora_A, lora_B, scaling = updates[0]
+        return RoundedLoraLinear.apply(x, weight, bias, lora_A, lora_B, None, scaling, weight_format)
     if weight_format is not None and len(updates) == 1:
         return PackedLoraLinear.apply(x, weight, bias, *updates[0], weight_format)
     if weight_format is not None:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import attrs
 import torch
+from peft import PeftModel
 
 from quantune.data.formats import read_prompt
 from quantune.data.tokenization import prompt_ids
+from quantune.model import qat
 from quantune.model.adapter import build_initialization, load_adapter
 from quantune.model.base import open_base, skeleton
 from quantune.model.device import DTYPES, choose_device, choose_precision
@@ -41,21 +43,27 @@ def answer(
     config = recipe.model if trained_here else attrs.evolve(recipe.model, attn_implementation="auto")  # a GPU's, say
     base = open_base(config, recipe.quantization, allow_remote_code=allow_remote_code)
     dtype = DTYPES[choose_precision(recipe.training.precision if trained_here else "auto", device)]
-    split = None
+    split = plan = None
     if adapter is not None:
-        split = build_initialization(skeleton(base), recipe.adapter, seed=recipe.training.seed)
+        meta = skeleton(base)
+        split = build_initialization(meta, recipe.adapter, seed=recipe.training.seed)
+        plan = qat.plan_rounding(meta, attrs.evolve(recipe, quantization=base.quantization), base.stored)
     trained_in = recipe.training.precision
+    pack_dtype = dtype if trained_in == "auto" else DTYPES[trained_in]
     model = load_model(
         base,
-        base.quantization,
+        base.quantization if plan is None else plan.stored,
         compute_dtype=dtype,
         device=device,
         initialization=split,
-        pack_dtype=None if trained_in == "auto" else DTYPES[trained_in],
+        pack_dtype=pack_dtype,
     )
     if packed is not None and adapter is not None and packed_fingerprint(model) != packed:
         warn("the base packs to other bytes on this machine than it was trained on; answers may differ slightly")
-    answering = model if adapter is None else load_adapter(model, adapter)
+    answering = model if adapter is None else load_adapter(model, adapter, rounds=plan is not None)
+    if plan is not None:
+        assert isinstance(answering, PeftModel)
+        qat.round_layers(answering, plan, dtype=pack_dtype)
     answering.eval()
     torch.manual_seed(recipe.training.seed)
     answers = []
