@@ -47,7 +47,7 @@ def plan_rounding(
     `stored` is what the `config.json` of a checkpoint that is already quantized says of that.
 
     Raises:
-        ModelError: dense weights are needed of a base that is already quantized, or inputs of experts are to be rounded.
+        ModelError: dense weights are needed of a quantized base, or inputs of experts are to be rounded.
     """
     config, quantization, adapter = recipe.training.qat, recipe.quantization, recipe.adapter
     if config is None or quantization is None:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import attrs
 import torch
-from peft import PeftModel
+from torch import nn
 
 from quantune.data.formats import read_prompt
 from quantune.data.tokenization import prompt_ids
 from quantune.model import qat
 from quantune.model.adapter import build_initialization, load_adapter
-from quantune.model.base import open_base, skeleton
+from quantune.model.base import Base, open_base, skeleton
 from quantune.model.device import DTYPES, choose_device, choose_precision
 from quantune.model.load import load_model, packed_fingerprint
 from quantune.recipe.schema import Recipe
@@ -43,27 +43,17 @@ def answer(
     config = recipe.model if trained_here else attrs.evolve(recipe.model, attn_implementation="auto")  # a GPU's, say
     base = open_base(config, recipe.quantization, allow_remote_code=allow_remote_code)
     dtype = DTYPES[choose_precision(recipe.training.precision if trained_here else "auto", device)]
-    split = plan = None
-    if adapter is not None:
-        meta = skeleton(base)
-        split = build_initialization(meta, recipe.adapter, seed=recipe.training.seed)
-        plan = qat.plan_rounding(meta, attrs.evolve(recipe, quantization=base.quantization), base.stored)
     trained_in = recipe.training.precision
-    pack_dtype = dtype if trained_in == "auto" else DTYPES[trained_in]
-    model = load_model(
+    answering = load_trained(
+        attrs.evolve(recipe, quantization=base.quantization),
         base,
-        base.quantization if plan is None else plan.stored,
-        compute_dtype=dtype,
+        adapter,
+        dtype=dtype,
+        pack_dtype=dtype if trained_in == "auto" else DTYPES[trained_in],
         device=device,
-        initialization=split,
-        pack_dtype=pack_dtype,
+        packed=packed,
+        warn=warn,
     )
-    if packed is not None and adapter is not None and packed_fingerprint(model) != packed:
-        warn("the base packs to other bytes on this machine than it was trained on; answers may differ slightly")
-    answering = model if adapter is None else load_adapter(model, adapter, rounds=plan is not None)
-    if plan is not None:
-        assert isinstance(answering, PeftModel)
-        qat.round_layers(answering, plan, dtype=pack_dtype)
     answering.eval()
     torch.manual_seed(recipe.training.seed)
     answers = []
@@ -79,3 +69,42 @@ def answer(
             temperature=temperature,
         )
     return answers
+
+
+def load_trained(
+    recipe: Recipe,
+    base: Base,
+    adapter: Path | None,
+    *,
+    dtype: torch.dtype,
+    pack_dtype: torch.dtype,
+    device: torch.device,
+    packed: str | None = None,
+    warn: Callable[[str], None] = lambda text: None,
+) -> nn.Module:
+    """The base as `recipe` trains on it, and on it an adapter, which rounds where `[training.qat]` says so.
+
+    Weights are packed and rounded from `pack_dtype`, the dtype that the run computed in. `packed` and `warn` are as in
+    `answer`.
+
+    Raises:
+        InputError: the base or the adapter can't be used.
+    """
+    if adapter is None:
+        return load_model(base, recipe.quantization, compute_dtype=dtype, device=device, pack_dtype=pack_dtype)
+    meta = skeleton(base)
+    plan = qat.plan_rounding(meta, recipe, base.stored)
+    model = load_model(
+        base,
+        recipe.quantization if plan is None else plan.stored,
+        compute_dtype=dtype,
+        device=device,
+        initialization=build_initialization(meta, recipe.adapter, seed=recipe.training.seed),
+        pack_dtype=pack_dtype,
+    )
+    if packed is not None and packed_fingerprint(model) != packed:
+        warn("the base packs to other bytes on this machine than it was trained on; answers may differ slightly")
+    loaded = load_adapter(model, adapter, rounds=plan is not None)
+    if plan is not None:
+        qat.round_layers(loaded, plan, dtype=pack_dtype)
+    return loaded

@@ -14,7 +14,7 @@ from quantune.backends.backend import pack_weight
 from quantune.checkpoint.run_folder import RunFolder
 from quantune.data.prepare import prepare
 from quantune.distributed.sharding import Root
-from quantune.errors import InterruptedRun, ModelError
+from quantune.errors import InterruptedRun
 from quantune.model import adapter, qat
 from quantune.model.base import open_base, skeleton
 from quantune.model.load import load_model
@@ -30,6 +30,7 @@ from quantune.recipe.schema import (
     SourceConfig,
     TrainingConfig,
 )
+from quantune.training.answer import load_trained
 from quantune.training.evaluate import evaluate
 from quantune.training.loss import build_loss
 from quantune.training.run import train
@@ -234,10 +235,7 @@ def test_a_resumed_run_ends_with_the_same_bytes_and_its_adapter_answers_as_it_wa
     assert adapter_bytes(tmp_path / "later") != adapter_bytes(tmp_path / "whole")  # steps 3 and 4 did round
 
     base = open_base(made.model, made.quantization)
-    plan = qat.plan_rounding(skeleton(base), made)
-    model = load_model(base, plan.stored, compute_dtype=torch.float32, device=CPU)
-    loaded = adapter.load_adapter(model, whole.adapter, rounds=True)
-    qat.round_layers(loaded, plan, dtype=torch.float32)
+    loaded = load_trained(made, base, whole.adapter, dtype=torch.float32, pack_dtype=torch.float32, device=CPU)
     assert held_out_loss(loaded.eval(), base, made) == pytest.approx(whole.evaluations[-1].loss, rel=1e-6)
 
 
