@@ -56,21 +56,15 @@ class Way:
     """What makes packing of what it trained: rounding in evaluation."""
 
 
+PACKED = QatConfig(lora_base="packed")
+DENSE = QatConfig(lora_base="dense")
 WAYS = (
-    Way(name="LoRA on the packed base", adapter="lora", packed=True, qat=None, measured=QatConfig()),
-    Way(name="the same, qat", adapter="lora", packed=True, qat=QatConfig(), measured=QatConfig()),
-    Way(
-        name="LoRA on the original base", adapter="lora", packed=False, qat=None, measured=QatConfig(lora_base="dense")
-    ),
-    Way(
-        name='the same, qat (lora_base = "dense")',
-        adapter="lora",
-        packed=True,
-        qat=QatConfig(lora_base="dense"),
-        measured=QatConfig(lora_base="dense"),
-    ),
-    Way(name="all weights", adapter="full", packed=False, qat=None, measured=QatConfig()),
-    Way(name="the same, qat", adapter="full", packed=True, qat=QatConfig(), measured=QatConfig()),
+    Way(name="LoRA on the packed base", adapter="lora", packed=True, qat=None, measured=PACKED),
+    Way(name='the same, qat (lora_base = "packed")', adapter="lora", packed=True, qat=PACKED, measured=PACKED),
+    Way(name="LoRA on the original base", adapter="lora", packed=False, qat=None, measured=DENSE),
+    Way(name="the same, qat", adapter="lora", packed=True, qat=DENSE, measured=DENSE),
+    Way(name="all linear layers", adapter="full", packed=False, qat=None, measured=DENSE),
+    Way(name="the same, qat", adapter="full", packed=True, qat=DENSE, measured=DENSE),
 )
 
 

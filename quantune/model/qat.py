@@ -65,10 +65,11 @@ def plan_rounding(
     held: QuantizationConfig | None = quantization
     if adapter.type == "full" or config.lora_base == "dense":
         if stored is not None:
-            what = '[adapter] type = "full"' if adapter.type == "full" else '[training.qat] lora_base = "dense"'
+            full = adapter.type == "full"
+            what = '[adapter] type = "full"' if full else '[training.qat] lora_base = "dense"'
             raise ModelError(
                 f"{what} begins with the original weights, and {recipe.model.base} is already quantized; choose the "
-                "unquantized base"
+                + ("unquantized base" if full else 'unquantized base, or lora_base = "packed"')
             )
         dense = (*quantization.skip, *layers)
         held = attrs.evolve(quantization, skip=dense) if packable(skeleton, dense, quantization.experts) else None

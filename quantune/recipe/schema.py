@@ -211,9 +211,10 @@ class QatConfig:
     `[quantization]`, in training from `fake_quant_after_steps` on and in every evaluation. The header alone takes every
     default."""
 
-    lora_base: Literal["packed", "dense"] = "packed"
-    """What the sum of base and adapter is made of before it is rounded. `packed`: of the base as it is stored anyway.
-    `dense`: of the original weights, so that rounding happens once; the adapted layers take their full size."""
+    lora_base: Literal["dense", "packed"] = "dense"
+    """What the sum of base and adapter is made of before it is rounded. `dense`: of the original weights, which the
+    adapted layers then hold in full size. `packed`: of the packed weights, which takes no more memory and learns less:
+    a weight that lies on the format's grid already leaves it only for a large update."""
     activation_dtype: Literal["int8", "fp8"] | None = None
     """Round the inputs of packed layers too, each token by a scale of its own, as a reader of the format does that
     computes in 8 bits: `int8` with the torchao backend's int8, `fp8` with its fp8."""
