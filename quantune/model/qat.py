@@ -16,9 +16,10 @@ from quantune.backends import registry
 from quantune.errors import ModelError
 from quantune.model.adapter import NAME
 from quantune.model.adoption import kept_modules
+from quantune.model.lora_experts import ParamWrapper
 from quantune.model.lora_layer import RoundedLora
 from quantune.model.quantizer import packable
-from quantune.model.targets import match_targets
+from quantune.model.targets import match_parameters, match_targets
 from quantune.quantized import experts
 from quantune.quantized.linear import QuantLinear, WeightFormat
 from quantune.quantized.rounding import Rounding, TrainedLinear
@@ -37,6 +38,8 @@ class RoundingPlan:
     """How the base is loaded: as `format` says, but for layers whose weights must be dense; None where none is left."""
     layers: tuple[str, ...]
     """The linear layers whose trained weight is rounded, by their names before there is an adapter."""
+    stacks: tuple[str, ...]
+    """The weights of fused experts that are rounded with their update."""
 
 
 def plan_rounding(
@@ -54,14 +57,15 @@ def plan_rounding(
         return None
     skip = quantization.skip if stored is None else (*quantization.skip, *kept_modules(stored))
     packed = packable(skeleton, skip, quantization.experts)
-    stacks = sorted(packed.intersection(name for name, _ in skeleton.named_parameters()))
-    if config.activation_dtype is not None and stacks:
+    in_stacks = sorted(packed.intersection(name for name, _ in skeleton.named_parameters()))
+    if config.activation_dtype is not None and in_stacks:
         raise ModelError(
             f'[training.qat] activation_dtype = "{config.activation_dtype}" rounds the inputs of linear layers, and '
-            f"this base has packed experts, e.g. {stacks[0]}, whose readers don't; leave activation_dtype out, or keep "
-            "the experts in full precision with [quantization] experts = false"
+            f"this base has packed experts, e.g. {in_stacks[0]}, whose readers don't; leave activation_dtype out, or "
+            "keep the experts in full precision with [quantization] experts = false"
         )
     layers = tuple(name for name in match_targets(skeleton, adapter) if name in packed)
+    stacks = tuple(name for name in match_parameters(skeleton, adapter.target_parameters) if name in packed)
     held: QuantizationConfig | None = quantization
     if adapter.type == "full" or config.lora_base == "dense":
         if stored is not None:
@@ -71,9 +75,9 @@ def plan_rounding(
                 f"{what} begins with the original weights, and {recipe.model.base} is already quantized; choose the "
                 + ("unquantized base" if full else 'unquantized base, or lora_base = "packed"')
             )
-        dense = (*quantization.skip, *layers)
+        dense = (*quantization.skip, *layers, *stacks)
         held = attrs.evolve(quantization, skip=dense) if packable(skeleton, dense, quantization.experts) else None
-    return RoundingPlan(config=config, format=quantization, stored=held, layers=layers)
+    return RoundingPlan(config=config, format=quantization, stored=held, layers=layers, stacks=stacks)
 
 
 def round_layers(model: PeftModel, plan: RoundingPlan, *, dtype: torch.dtype) -> Rounding:
@@ -84,15 +88,12 @@ def round_layers(model: PeftModel, plan: RoundingPlan, *, dtype: torch.dtype) ->
     """
     rounding = Rounding(activation_dtype=plan.config.activation_dtype)
     for module in model.modules():
-        if isinstance(module, QuantLinear) or experts.weight_formats(module):
-            module.rounding = rounding  # type: ignore[assignment]  # neither a tensor nor a module
+        if isinstance(module, QuantLinear):
+            module.rounding = rounding
     backend = registry.load_backend(registry.describe_available(plan.format.backend))
     workspace = Workspace()
 
-    def weight_format(linear: Any) -> WeightFormat:
-        if isinstance(linear, QuantLinear):
-            return linear.weight_format
-        shape = (linear.out_features, linear.in_features)
+    def weight_format(shape: tuple[int, int]) -> WeightFormat:
         return WeightFormat(backend, backend.layout(shape, dtype, plan.format.options), workspace)
 
     inner: nn.Module = model.get_base_model()
@@ -100,8 +101,18 @@ def round_layers(model: PeftModel, plan: RoundingPlan, *, dtype: torch.dtype) ->
         layer = inner.get_submodule(name)
         if isinstance(layer, ModulesToSaveWrapper):
             trained: Any = layer.modules_to_save[NAME]
-            layer.modules_to_save[NAME] = TrainedLinear(trained, weight_format(trained), rounding)
+            shape = (trained.out_features, trained.in_features)
+            layer.modules_to_save[NAME] = TrainedLinear(trained, weight_format(shape), rounding)
         else:
             assert isinstance(layer, RoundedLora)
-            layer.round_to(weight_format(layer.get_base_layer()), rounding)
+            base: Any = layer.get_base_layer()
+            layer.round_to(weight_format((base.out_features, base.in_features)), rounding)
+    for name in plan.stacks:
+        path, _, leaf = name.rpartition(".")
+        holder: Any = inner.get_submodule(path)
+        while isinstance(holder, ParamWrapper):
+            holder = holder.base_layer
+        packed = experts.weight_formats(holder).get(leaf)
+        found = packed or weight_format(experts.expert_shape(holder, holder.get_parameter(leaf)))
+        experts.round_updated(holder, leaf, found, rounding)
     return rounding
