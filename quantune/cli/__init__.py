@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import quantune
-from quantune.cli import backends, check, explain, generate, history, init, migrate, run, schema
+from quantune.cli import backends, check, explain, generate, history, init, merge, migrate, run, schema
 from quantune.cli.console import meaning
 from quantune.distributed import worker
 
@@ -29,6 +29,7 @@ app.command("init")(init.init)
 app.command("schema")(schema.schema)
 app.command("generate")(generate.generate)
 app.command("history")(history.history)
+app.command("merge")(merge.merge)
 app.command("migrate")(migrate.migrate)
 app.add_typer(backends.app, name="backends")
 
