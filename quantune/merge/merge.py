@@ -24,8 +24,10 @@ from quantune.model.adapter import build_initialization
 from quantune.model.base import Base, open_base, skeleton
 from quantune.model.device import DTYPES, choose_precision
 from quantune.model.load import fingerprint_of, plan_base
+from quantune.model.qat import plan_rounding
+from quantune.model.quantizer import QuantizationPlan
 from quantune.model.targets import head_names
-from quantune.recipe.schema import AdapterConfig, ModelConfig, QuantizationConfig, Recipe
+from quantune.recipe.schema import AdapterConfig, ModelConfig, QatConfig, QuantizationConfig, Recipe
 from quantune.streaming.adopted import AdoptedSource, adopted
 from quantune.streaming.mapping import Unit, checkpoint_name, units
 from quantune.streaming.output import disk_errors, open_output
@@ -66,6 +68,8 @@ class Setting:
     seed: int
     precision: str
     """`fp32`, `bf16`, or `auto` where nobody says."""
+    qat: QatConfig | None = None
+    """What was rounded in training."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Setting:
@@ -76,6 +80,7 @@ class Setting:
             adapter=recipe.adapter,
             seed=recipe.training.seed,
             precision=recipe.training.precision,
+            qat=recipe.training.qat,
         )
 
     @classmethod
@@ -101,7 +106,7 @@ def require_one_setting(settings: Sequence[Setting]) -> Setting:
     """
     first = settings[0]
     for other in settings[1:]:
-        for name in ("model", "quantization", "precision"):
+        for name in ("model", "quantization", "precision", "qat"):
             if getattr(other, name) != getattr(first, name):
                 raise InputError(
                     f"expected adapters that were trained on the same base in the same way, found another [{name}] for "
@@ -189,11 +194,16 @@ def merge(request: MergeRequest, device: torch.device, observer: Observer, verif
     untied = tied and not _stays_tied(update, meta)
     dtype = DTYPES[choose_precision(setting.precision, device)]  # type: ignore[arg-type]  # a precision of a recipe
     split = None if setting.adapter is None else build_initialization(meta, setting.adapter, seed=setting.seed)
-    plan = (
-        None
-        if base.quantization is None
-        else plan_base(base, base.quantization, dtype, device, initialization=split, pack_dtype=dtype)
-    )
+    rounds = None
+    if setting.adapter is not None:
+        rounds = plan_rounding(meta, setting.qat, base.quantization, setting.adapter, base.stored)
+
+    def planned(quantization: QuantizationConfig | None) -> QuantizationPlan | None:
+        if quantization is None:
+            return None
+        return plan_base(base, quantization, dtype, device, initialization=split, pack_dtype=dtype)
+
+    plan = planned(base.quantization if rounds is None else rounds.stored)
     identity = _identity(request, base, folder)
     with (
         open_output(request.out, report=REPORT, identity=identity, overwrite=request.overwrite) as output,
@@ -202,7 +212,15 @@ def merge(request: MergeRequest, device: torch.device, observer: Observer, verif
         if output.resumed:
             observer.warning(f"going on with {output.partial.name}: {len(output.complete)} files of it are complete")
         source = stored if base.stored is None or plan is None else adopted(stored, meta, plan)
-        weights = BaseWeights.of(meta, plan, split, dtype, device)
+        weights = BaseWeights.of(
+            meta,
+            plan,
+            split,
+            dtype,
+            device,
+            rounded=frozenset() if rounds is None else rounds.parameters,
+            rounding=None if rounds is None else planned(rounds.format),
+        )
         job = MergeJob(
             source=source,
             base=weights,
@@ -342,6 +360,7 @@ def _identity(request: MergeRequest, base: Base, folder: Path) -> dict[str, Any]
         "files": stats,
         "quantization": None if base.quantization is None else attrs.asdict(base.quantization),
         "model": attrs.asdict(request.setting.model),
+        "qat": None if request.setting.qat is None else attrs.asdict(request.setting.qat),
         "onto": request.onto,
         "dtype": str(request.dtype),
         "max_shard_size": request.max_shard_size,

@@ -116,7 +116,7 @@ def _whole_weights(model: nn.Module) -> Iterator[None]:
 
 
 def custom_modules(model: nn.Module, *, rounds: bool = False) -> dict[type[nn.Module], type[nn.Module]]:
-    """quantune's layers for what PEFT can't adapt by itself, or with `rounds` could not round; PEFT takes the first that
+    """quantune's layers for what PEFT can't adapt, or with `rounds` not round, by itself; PEFT takes the first that
     fits."""
     return {
         QuantLinear: QuantLoraLinear,

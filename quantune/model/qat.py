@@ -24,7 +24,7 @@ from quantune.quantized import experts
 from quantune.quantized.linear import QuantLinear, WeightFormat
 from quantune.quantized.rounding import Rounding, TrainedLinear
 from quantune.quantized.workspace import Workspace
-from quantune.recipe.schema import QatConfig, QuantizationConfig, Recipe
+from quantune.recipe.schema import AdapterConfig, QatConfig, QuantizationConfig
 
 
 @attrs.frozen(kw_only=True)
@@ -41,18 +41,26 @@ class RoundingPlan:
     stacks: tuple[str, ...]
     """The weights of fused experts that are rounded with their update."""
 
+    @property
+    def parameters(self) -> frozenset[str]:
+        """The parameters that are rounded once they are trained."""
+        return frozenset((*(f"{name}.weight" for name in self.layers), *self.stacks))
+
 
 def plan_rounding(
-    skeleton: PreTrainedModel, recipe: Recipe, stored: Mapping[str, Any] | None = None
+    skeleton: PreTrainedModel,
+    config: QatConfig | None,
+    quantization: QuantizationConfig | None,
+    adapter: AdapterConfig,
+    stored: Mapping[str, Any] | None = None,
 ) -> RoundingPlan | None:
-    """What a recipe rounds over a base, given without weights; None without `[training.qat]`.
+    """What `[training.qat]` rounds over a base, given without weights; None where a recipe has no such table.
 
     `stored` is what the `config.json` of a checkpoint that is already quantized says of that.
 
     Raises:
         ModelError: dense weights are needed of a quantized base, or inputs of experts are to be rounded.
     """
-    config, quantization, adapter = recipe.training.qat, recipe.quantization, recipe.adapter
     if config is None or quantization is None:
         return None
     skip = quantization.skip if stored is None else (*quantization.skip, *kept_modules(stored))
@@ -72,7 +80,7 @@ def plan_rounding(
             full = adapter.type == "full"
             what = '[adapter] type = "full"' if full else '[training.qat] lora_base = "dense"'
             raise ModelError(
-                f"{what} begins with the original weights, and {recipe.model.base} is already quantized; choose the "
+                f"{what} begins with the original weights, and this base is already quantized; choose the "
                 + ("unquantized base" if full else 'unquantized base, or lora_base = "packed"')
             )
         dense = (*quantization.skip, *layers, *stacks)

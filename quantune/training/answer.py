@@ -93,7 +93,7 @@ def load_trained(
     if adapter is None:
         return load_model(base, recipe.quantization, compute_dtype=dtype, device=device, pack_dtype=pack_dtype)
     meta = skeleton(base)
-    plan = qat.plan_rounding(meta, recipe, base.stored)
+    plan = qat.plan_rounding(meta, recipe.training.qat, recipe.quantization, recipe.adapter, base.stored)
     model = load_model(
         base,
         recipe.quantization if plan is None else plan.stored,

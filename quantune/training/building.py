@@ -69,7 +69,7 @@ def build(recipe: Recipe, base: Base, meta: PreTrainedModel, start: Path | None,
         offload = recipe.distributed.cpu_offload
         whole = adapter.needed_whole(meta, recipe.adapter, grown=base.additions != Additions())
         shares = Shares(world=process.world, mesh=mesh, device=device, offload=offload, whole=whole)
-    plan = qat.plan_rounding(meta, recipe, base.stored)
+    plan = qat.plan_rounding(meta, recipe.training.qat, recipe.quantization, recipe.adapter, base.stored)
     model, summary, packed = _load(recipe, base, device, split, start, shares, process.world, plan)
     rounding = None if plan is None else qat.round_layers(model, plan, dtype=DTYPES[recipe.training.precision])
     process.observer.model(summary)

@@ -72,9 +72,8 @@ def test_unquantized_base(bases, tmp_path):
 
 
 def test_biases(tmp_path, bases):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from merge.conftest import with_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=320,

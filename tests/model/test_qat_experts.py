@@ -33,9 +33,13 @@ def recipe(folder, **config):
     )
 
 
+def plan_of(base, made):
+    return qat.plan_rounding(skeleton(base), made.training.qat, made.quantization, made.adapter, base.stored)
+
+
 def built(made):
     base = base_of(made.model.base)
-    plan = qat.plan_rounding(skeleton(base), made)
+    plan = plan_of(base, made)
     model = load_model(base, plan.stored, compute_dtype=torch.float32, device=CPU)
     model = adapter.attach(model, made.adapter, base_name="b", seed=0, rounds=True)
     qat.round_layers(model, plan, dtype=torch.float32)
@@ -48,7 +52,7 @@ def built(made):
 @torch.no_grad()
 def put_merged_into_base(wrapper):
     """Leave in the base what base and adapter come to, as the format rounds it."""
-    holder, leaf, update = wrapper.get_base_layer(), wrapper.parameter_name, wrapper._update("default")
+    holder, leaf, update = wrapper.get_base_layer(), wrapper.parameter_name, wrapper.update_of("default")
     data, packed = holder.get_parameter(leaf).data, experts.weight_formats(holder).get(leaf)
     weight_format, _ = holder.rounded_updates[leaf]
     for expert in range(holder.num_experts):
@@ -82,4 +86,4 @@ def test_experts_compute_with_the_bytes_that_a_packed_merge_writes(mixtures, nam
 def test_inputs_of_packed_experts_are_not_rounded(mixtures):
     made = recipe(mixtures["mixtral"], activation_dtype="int8")
     with pytest.raises(ModelError, match="this base has packed experts, e.g. model.layers.0.mlp.experts"):
-        qat.plan_rounding(skeleton(base_of(mixtures["mixtral"])), made)
+        plan_of(base_of(mixtures["mixtral"]), made)

@@ -9,12 +9,15 @@ import pytest
 import torch
 from support import FORMATS, Silent, quantization
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from quantune.backends.backend import pack_weight
 from quantune.checkpoint.run_folder import RunFolder
 from quantune.data.prepare import prepare
 from quantune.distributed.sharding import Root
 from quantune.errors import InterruptedRun
+from quantune.merge.merge import MergeRequest, Setting, merge
+from quantune.merge.trained import find_adapter
 from quantune.model import adapter, qat
 from quantune.model.base import open_base, skeleton
 from quantune.model.load import load_model
@@ -59,10 +62,14 @@ def recipe(format="bnb nf4", *, adapted=None, qat=None, data=NOWHERE, **training
     )
 
 
+def plan_of(base, made):
+    return qat.plan_rounding(skeleton(base), made.training.qat, made.quantization, made.adapter, base.stored)
+
+
 def built(made, dtype=torch.float32):
     """The model of a recipe, its adapter moved away from where it begins, and what it rounds with."""
     base = open_base(made.model, made.quantization)
-    plan = qat.plan_rounding(skeleton(base), made)
+    plan = plan_of(base, made)
     model = load_model(base, plan.stored, compute_dtype=dtype, device=CPU)
     peft = adapter.attach(model, made.adapter, base_name="", seed=0, rounds=True)
     rounding = qat.round_layers(peft, plan, dtype=dtype)
@@ -206,6 +213,13 @@ class StopsIn(Silent):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class SilentMerge(Silent):
+    """An observer of a merge that takes every warning for a mistake."""
+
+    def warning(self, text):
+        raise AssertionError(text)
+
+
 def run(made, folder, mode="new", observer=None):
     with RunFolder.open(folder, mode) as opened:
         return train(made, opened, observer or Silent(), resume=mode == "resume")
@@ -241,6 +255,19 @@ def test_a_resumed_run_ends_with_the_same_bytes_and_its_adapter_answers_as_it_wa
     base = open_base(made.model, made.quantization)
     loaded = load_trained(made, base, whole.adapter, dtype=torch.float32, pack_dtype=torch.float32, device=CPU)
     assert held_out_loss(loaded.eval(), base, made) == pytest.approx(whole.evaluations[-1].loss, rel=1e-6)
+
+    request = MergeRequest(
+        adapters=(find_adapter(whole.folder),),
+        weights=(1.0,),
+        setting=Setting.of(made),
+        out=tmp_path / "merged",
+        dtype=torch.float32,
+    )
+    merge(request, CPU, SilentMerge())
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokens = torch.arange(24)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, loaded(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
 def held_out_loss(model, base, made):
