@@ -175,9 +175,9 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapted_layers(model: PeftModel, config: AdapterConfig) -> int:
-    """How many layers `config.targets` and `target_parameters` have put an adapter on."""
+    """How many layers are trained: those with an adapter, or in full where that is what `[adapter]` asks for."""
     if config.type == "full":
-        return sum(isinstance(module, ModulesToSaveWrapper) for module in model.modules()) - len(config.modules_to_save)
+        return sum(isinstance(module, ModulesToSaveWrapper) for module in model.modules())
     return sum(hasattr(module, "lora_A") for module in model.modules())
 
 

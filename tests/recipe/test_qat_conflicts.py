@@ -1,5 +1,7 @@
 """What `[training.qat]` and `type = "full"` are refused with."""
 
+from pathlib import Path
+
 import pytest
 from recipe_support import write
 
@@ -86,3 +88,9 @@ def test_what_is_understood(tmp_path):
     assert (made.training.qat.lora_base, made.training.qat.activation_dtype) == ("dense", "int8")
     assert load(tmp_path, NF4, 'type = "full"', QAT).training.qat is not None
     assert load(tmp_path, "", 'type = "full"').training.qat is None
+
+
+def test_the_recipe_that_comes_with_quantune_is_right():
+    path = Path(__file__).parents[2] / "recipes" / "qat.toml"
+    loaded = load_recipe(path, options_of=options_of)
+    assert loaded.recipe.training.qat is not None and loaded.warnings == ()

@@ -103,21 +103,25 @@ def packed_data(weight_format, weight):
 
 
 @pytest.mark.parametrize(
-    ("kind", "format"),
-    [*(("lora", name) for name in FORMATS), *((kind, "bnb nf4") for kind in KINDS if kind != "lora")],
+    ("kind", "format", "dtype"),
+    [
+        *(("lora", name, torch.float32) for name in FORMATS),
+        *((kind, "bnb nf4", torch.float32) for kind in KINDS if kind != "lora"),
+        *((kind, "torchao int4", torch.bfloat16) for kind in KINDS if "dora" not in kind),
+    ],
 )
 @torch.no_grad()
-def test_a_layer_computes_with_the_bytes_that_a_packed_merge_writes(kind, format):
+def test_a_layer_computes_with_the_bytes_that_a_packed_merge_writes(kind, format, dtype):
     adapted, config = KINDS[kind]
     made = recipe(format, adapted=adapted, qat=config)
-    peft, _ = built(made)
+    peft, _ = built(made, dtype)
     checked = 0
     for layer, merged in rounding_layers(peft.train(), made):
-        x = torch.randn(5, merged.shape[1])
+        x = torch.randn(5, merged.shape[1], dtype=dtype)
         weight_format = layer.weight_format if made.adapter.type == "full" else layer.rounds_to
-        expected = functional.linear(x, weight_format.dequantize(packed_data(weight_format, merged), torch.float32))
+        expected = functional.linear(x, weight_format.dequantize(packed_data(weight_format, merged.to(dtype)), dtype))
         assert torch.equal(layer(x), expected)
-        assert (expected - functional.linear(x, merged)).abs().max() > 0  # there was something to round
+        assert (expected - functional.linear(x, merged.to(dtype))).abs().max() > 0  # there was something to round
         checked += 1
     assert checked == 2 * 4
 
