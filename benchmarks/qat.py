@@ -73,6 +73,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=1.0, help="multiply the learning rates: smaller, smaller updates")
+    parser.add_argument("--adapter", choices=RATES, help="both by default")
     parser.add_argument("--format", action="append", choices=FORMATS, help="all by default")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     arguments = parser.parse_args()
@@ -85,7 +87,7 @@ def main() -> None:
             )
             rows.append(row)
     if arguments.json:
-        setting = {"steps": arguments.steps, "batch": arguments.batch, "rates": RATES}
+        setting = {"steps": arguments.steps, "batch": arguments.batch, "rates": RATES, "rate": arguments.rate}
         document = {"setting": setting, "torch": torch.__version__, "rows": rows}
         arguments.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
@@ -98,6 +100,8 @@ def measure(arguments: argparse.Namespace, folder: Path) -> Iterator[dict[str, A
         options = made_options.resolved() if hasattr(made_options, "resolved") else made_options
         quantization = QuantizationConfig(backend=FORMATS[name]["backend"], options=options)
         for index, way in enumerate(WAYS):
+            if arguments.adapter not in (None, way.adapter):
+                continue
             made = _recipe(way, quantization, arguments)
             key = f"{number}-{index}" if way.packed else f"{index}"
             if key not in trained:
@@ -128,7 +132,7 @@ def _recipe(way: Way, quantization: QuantizationConfig, arguments: argparse.Name
             made.training,
             max_steps=arguments.steps,
             batch_size=arguments.batch,
-            learning_rate=RATES[way.adapter],
+            learning_rate=arguments.rate * RATES[way.adapter],
             precision="fp32",
             qat=way.qat,
         ),
