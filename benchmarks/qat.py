@@ -22,12 +22,13 @@ from quantune.backends import registry
 from quantune.checkpoint.run_folder import RunFolder
 from quantune.data.prepare import prepare
 from quantune.distributed.sharding import Root
-from quantune.model.base import open_base
+from quantune.model.base import open_base, skeleton
 from quantune.model.device import choose_device
+from quantune.model.qat import plan_rounding
+from quantune.model.trained import load_trained_adapter, load_trained_base
 from quantune.recipe.load import load_recipe
 from quantune.recipe.resolve import with_absolute_paths
 from quantune.recipe.schema import QatConfig, QuantizationConfig, Recipe
-from quantune.training.answer import load_trained
 from quantune.training.evaluate import evaluate
 from quantune.training.loss import build_loss
 from quantune.training.observer import SilentObserver
@@ -40,7 +41,6 @@ FORMATS: dict[str, dict[str, Any]] = {
     "mxfp4": {"backend": "mxfp4"},
 }
 RATES = {"lora": 2e-3, "full": 2e-4}
-DTYPE = torch.float32
 
 
 @attrs.frozen(kw_only=True)
@@ -145,7 +145,20 @@ def _loss(recipe: Recipe, adapter: Path | None) -> float:
     """Held-out loss per target token, nats."""
     device = choose_device("auto")
     base = open_base(recipe.model, recipe.quantization)
-    model: Any = load_trained(recipe, base, adapter, dtype=DTYPE, pack_dtype=DTYPE, device=device)
+    training, adapter_config, rounding = recipe.training, recipe.adapter, None
+    if adapter is not None:
+        rounding = plan_rounding(skeleton(base), training.qat, recipe.quantization, adapter_config)
+    model: Any = load_trained_base(
+        base,
+        None if adapter is None else adapter_config,
+        seed=training.seed,
+        precision=training.precision,
+        compute_dtype=torch.float32,
+        device=device,
+        rounding=rounding,
+    )
+    if adapter is not None:
+        model = load_trained_adapter(model, adapter, precision=training.precision, rounding=rounding)
     data = prepare(
         recipe.data, base.tokenizer, seed=0, vocabulary_size=base.config.vocab_size, observer=SilentObserver()
     )

@@ -26,7 +26,7 @@ from quantune.cli.recipes import open_recipe
 from quantune.errors import InputError
 
 if TYPE_CHECKING:
-    from quantune.merge.merge import MergeResult, Setting
+    from quantune.merge.request import MergeResult, Setting
     from quantune.merge.trained import TrainedAdapter
 
 
@@ -101,7 +101,8 @@ def merge(
     with ConsoleObserver(quiet=as_json) as observer:
         observer.phase("importing torch and transformers")
         quiet_libraries()
-        from quantune.merge.merge import MergeRequest, merge
+        from quantune.merge.merge import merge
+        from quantune.merge.request import MergeRequest
         from quantune.merge.trained import find_adapter
         from quantune.model.device import choose_device
 
@@ -198,7 +199,7 @@ def _weighted(text: str) -> tuple[Path, float]:
 
 def _setting(adapters: tuple[TrainedAdapter, ...], base: str | None, recipe: Path | None) -> Setting:
     """What the adapters were trained on, which is one thing for all of them."""
-    from quantune.merge.merge import Setting, require_one_setting
+    from quantune.merge.request import Setting, require_one_setting
 
     overrides = () if base is None else (f"model.base={json.dumps(base)}",)
     settings = []

@@ -17,7 +17,7 @@ from quantune.merge.updates import Update
 from quantune.model.initialization import Initialization
 from quantune.model.load import packed_digest
 from quantune.model.quantizer import QuantizationPlan, packable
-from quantune.model.vocabulary import Additions, fill_with_mean
+from quantune.model.vocabulary import fill_with_mean
 from quantune.quantized import experts
 from quantune.quantized.merged import pack_merged
 from quantune.streaming.mapping import Unit
@@ -145,14 +145,18 @@ class MergeJob:
     changed: frozenset[str]
     """The parameters that the update changes."""
     onto: Onto
-    additions: Additions
+    vocabulary: frozenset[str]
+    """Weights that have a row for every token, where the recipe adds some."""
     dtype: torch.dtype | None
     """What the weights are written in; None for what the checkpoint has them in."""
     main_dtype: torch.dtype
     """What the checkpoint has most of its weights in."""
     quantized: frozenset[str]
     """The tensors that the checkpoint itself stores packed."""
-    counts: Counts
+    kept_in: Mapping[str, torch.dtype] = attrs.field(factory=dict)
+    """Tensors that are given in another dtype than they are written in, because they are packed from it."""
+    checked: set[int] = attrs.field(factory=set)
+    """Converters that were tried, by identity."""
 
     @property
     def notes(self) -> dict[str, str]:
@@ -175,9 +179,9 @@ class MergeJob:
     def tensors(self, unit: Unit) -> Iterable[tuple[str, Tensor]]:
         if not any(self.touches(name, unit) for name in unit.parameters):
             for name, key in zip(unit.outputs, unit.keys, strict=True):
-                self.counts.kept += unit.written_as is None
                 yield name, self.source.read(key).to(self._dtype_of(key))
             return
+        self._check_conversion(unit)
         loaded = unit.load(self.source.read)
         dtype = self._dtype_of(unit.keys[0])
         made = {}
@@ -193,6 +197,12 @@ class MergeJob:
         dense = self.onto == "dequantized" and (name in self.base.packed or self._split(name))
         return dense or name in self.changed or self._rows(name, unit) is not None or unit.keys[0] in self.quantized
 
+    def _check_conversion(self, unit: Unit) -> None:
+        """Try each kind of conversion, on the first weight that it makes, before it is relied on."""
+        if unit.conversion is not None and id(unit.conversion.converter) not in self.checked:
+            unit.require_reversible(self.source.read)
+            self.checked.add(id(unit.conversion.converter))
+
     def _parameter(self, name: str, value: Tensor, unit: Unit, dtype: torch.dtype) -> Tensor:
         """A parameter as it is written."""
         module = self.base.model.get_submodule(name.rpartition(".")[0])
@@ -202,14 +212,11 @@ class MergeJob:
                 expert = place if unit.index is None else unit.index
                 rows = self._weight(name, experts.as_rows(module, value[place]), expert, unit)
                 out[place] = experts.as_rows(module, self._rounded(name, rows, dtype))
-            self._count(name)
             return out
         count = self._rows(name, unit)
         if count is not None:
             value = _grown(value, count, self.base.dtype)
-        made = self._rounded(name, self._weight(name, value, None, unit), dtype)
-        self._count(name)
-        return made
+        return self._rounded(name, self._weight(name, value, None, unit), dtype)
 
     def _weight(self, name: str, value: Tensor, expert: int | None, unit: Unit) -> Tensor:
         if name not in self.changed and name not in self.base.packed and not self._split(name):
@@ -232,31 +239,16 @@ class MergeJob:
             )
         return rounded
 
-    def _count(self, name: str) -> None:
-        if name in self.changed:
-            self.counts.merged.add(name)
-        elif name in self.base.packed:
-            self.counts.dequantized.add(name)
-
     def _split(self, name: str) -> bool:
         split = self.base.initialization
         return split is not None and name.removesuffix(".weight") in split.names
 
     def _rows(self, name: str, unit: Unit) -> int | None:
         """How many rows a parameter of the vocabulary is to have; None where it keeps those that it has."""
-        if self.additions == Additions() or name not in self._vocabulary():
+        if name not in self.vocabulary:
             return None
         rows = int(self.base.model.get_parameter(name).shape[0])
         return None if rows == self.source.specs[unit.keys[0]].shape[0] else rows
-
-    def _vocabulary(self) -> set[str]:
-        ends = (self.base.model.get_input_embeddings(), self.base.model.get_output_embeddings())
-        return {
-            f"{name}.{leaf}"
-            for name, module in self.base.model.named_modules()
-            if any(module is end for end in ends)
-            for leaf, _ in module.named_parameters(recurse=False)
-        }
 
     def _grown_shapes(self, unit: Unit) -> dict[str, torch.Size]:
         if unit.conversion is None and unit.parameters and self._rows(unit.parameters[0], unit) is not None:
@@ -266,22 +258,23 @@ class MergeJob:
         }
 
     def _dtype_of(self, key: str) -> torch.dtype:
+        if key in self.kept_in:
+            return self.kept_in[key]
         stored = self.source.specs[key].dtype
         if key in self.quantized:
             return self.dtype or self.main_dtype
         return self.dtype if self.dtype is not None and stored == self.main_dtype else stored
 
 
-@attrs.define
-class Counts:
-    """What was done with how many weights."""
-
-    merged: set[str] = attrs.field(factory=set)
-    """Parameters that the adapter changed."""
-    dequantized: set[str] = attrs.field(factory=set)
-    """Parameters that only were packed and dequantized."""
-    kept: int = 0
-    """Tensors that were copied."""
+def vocabulary_weights(model: PreTrainedModel) -> frozenset[str]:
+    """Names of the weights of a model that have a row for every token."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return frozenset(
+        f"{name}.{leaf}"
+        for name, module in model.named_modules()
+        if any(module is end for end in ends)
+        for leaf, _ in module.named_parameters(recurse=False)
+    )
 
 
 def main_dtype(source: Source) -> torch.dtype:

@@ -6,7 +6,7 @@ is in the files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from quantune.backends.backend import adopt_weight
-from quantune.backends.layout import TensorSpec
+from quantune.backends.layout import PackedWeight, TensorSpec
 from quantune.errors import ModelError
 from quantune.model.quantizer import QuantizationPlan
 from quantune.quantized import experts
@@ -39,21 +39,26 @@ class AdoptedSource(Source):
         """One tensor; of a quantized weight what its codes say, fp32."""
         if key not in self.packed:
             return self.stored.read(key)
-        parts = {part: self.stored.read(name) for part, name in self.packed[key].items()}
-        shape = self.specs[key].shape
-        rows, columns = (shape[-1], shape[-2]) if key in self.transposed else (shape[-2], shape[-1])
+        shape, backend = self.specs[key].shape, self.plan.backend
         if len(shape) == 2:
-            return self._dense(parts, (rows, columns), key)
+            return backend.dequantize(next(self.weights(key)), torch.float32)
         out = torch.empty(shape, dtype=torch.float32)
-        for index in range(shape[0]):
-            one = {part: tensor[index] for part, tensor in parts.items()}
-            dense = self._dense(one, (rows, columns), f"{key}[{index}]")
+        for index, packed in enumerate(self.weights(key)):
+            dense = backend.dequantize(packed, torch.float32)
             out[index] = dense.T if key in self.transposed else dense
         return out
 
-    def _dense(self, parts: Mapping[str, Tensor], shape: tuple[int, int], name: str) -> Tensor:
-        packed = adopt_weight(self.plan.backend, parts, shape, self.plan.pack_dtype, self.plan.options, name=name)
-        return self.plan.backend.dequantize(packed, torch.float32)
+    def weights(self, key: str) -> Iterator[PackedWeight]:
+        """The weights that a quantized tensor holds, as they are: one, or one for each expert."""
+        parts = {part: self.stored.read(name) for part, name in self.packed[key].items()}
+        shape = self.specs[key].shape
+        rows, columns = (shape[-1], shape[-2]) if key in self.transposed else (shape[-2], shape[-1])
+        stack = len(shape) == 3
+        for index in range(shape[0] if stack else 1):
+            one = {part: tensor[index] for part, tensor in parts.items()} if stack else parts
+            name = f"{key}[{index}]" if stack else key
+            plan = self.plan
+            yield adopt_weight(plan.backend, one, (rows, columns), plan.pack_dtype, plan.options, name=name)
 
 
 def adopted(source: Source, model: PreTrainedModel, plan: QuantizationPlan) -> AdoptedSource:
@@ -80,7 +85,7 @@ def adopted(source: Source, model: PreTrainedModel, plan: QuantizationPlan) -> A
             shapes[key] = TensorSpec(torch.float32, tuple(shape))
             if getattr(module, "is_transposed", False):
                 transposed.add(key)
-        elif shape is not None and "weight" not in packed[key]:
+        elif shape is not None:
             shapes[key] = TensorSpec(torch.float32, tuple(shape))
     return AdoptedSource(
         shards=shards,
@@ -95,17 +100,18 @@ def adopted(source: Source, model: PreTrainedModel, plan: QuantizationPlan) -> A
 
 def _packed(source: Source, plan: QuantizationPlan) -> dict[str, dict[str, str]]:
     """The tensors of every quantized weight, by the name of the dense one."""
-    endings = {part: name[1:] for part, name in plan.backend.checkpoint_names("X").items()}
-    marking = next(ending for ending in endings.values() if ending)
     found: dict[str, dict[str, str]] = {}
-    for key in source.specs:
-        if key.endswith(marking):
-            dense = key.removesuffix(marking)
-            parts = {part: f"{dense}{ending}" for part, ending in endings.items()}
-            missing = [name for name in parts.values() if name not in source.specs]
-            if missing:
-                raise ModelError(f"the checkpoint has {key} and lacks {missing[0]}; fetch it again")
-            found[dense] = parts
+    for leaf in ("weight", *experts.PROJECTIONS):
+        names = plan.backend.stored_names(f".{leaf}", plan.options)
+        marking = next(name for name in names.values() if name != f".{leaf}")
+        for key in source.specs:
+            if key.endswith(marking):
+                module = key.removesuffix(marking)
+                parts = {part: f"{module}{name}" for part, name in names.items()}
+                missing = [name for name in parts.values() if name not in source.specs]
+                if missing:
+                    raise ModelError(f"the checkpoint has {key} and lacks {missing[0]}; fetch it again")
+                found[f"{module}.{leaf}"] = parts
     return found
 
 

@@ -61,6 +61,16 @@ class Unit:
             return {self.outputs[0]: parameters[self.parameters[0]]}
         return self.conversion.restore(self.keys, [parameters[name] for name in self.parameters], self.index)
 
+    def require_reversible(self, read: Callable[[str], Tensor]) -> None:
+        """Require that what was loaded is written back bit for bit.
+
+        Raises:
+            ModelError: it is not.
+        """
+        for name, tensor in self.restore(self.load(read)).items():
+            if not torch.equal(tensor, read(name)):
+                raise ModelError(f"{name}: transformers converts this weight in a way that it does not undo exactly")
+
 
 @attrs.frozen(kw_only=True, eq=False)
 class Conversion:

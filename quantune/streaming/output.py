@@ -138,9 +138,14 @@ def open_output(target: Path, *, report: str, identity: Mapping[str, Any], overw
             ) from None
         os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         output = Output(target=target, partial=partial, report=report, identity=dict(identity))
-        with disk_errors(target):
-            output._begin()
-        yield output
+        try:
+            with disk_errors(target):
+                output._begin()
+            yield output
+        except Exception:
+            if not output.complete:
+                output.discard()
+            raise
     finally:
         os.close(lock)
 

@@ -17,7 +17,8 @@ from model.conftest import (  # noqa: F401  # fixtures
     tied_llama,
 )
 
-from quantune.merge.merge import MergeRequest, Setting, merge
+from quantune.merge.merge import merge
+from quantune.merge.request import MergeRequest, Setting
 from quantune.merge.trained import TrainedAdapter
 from quantune.model import adapter, mini
 from quantune.model.base import open_base, skeleton
@@ -55,8 +56,8 @@ class Trained:
     def request(self, out, **options) -> MergeRequest:
         """What merging it takes."""
         found = TrainedAdapter(folder=self.folder, recipe=None, fingerprints={}, run=None)
-        given = {"adapters": (found,), "weights": (1.0,), "setting": self.setting, "dtype": torch.float32, **options}
-        return MergeRequest(out=out, **given)
+        given = {"dtype": torch.float32, "verify": False, **options}
+        return MergeRequest(adapters=(found,), weights=(1.0,), setting=self.setting, out=out, **given)
 
     def merge(self, out, **options):
         """Merge it; returns the folder."""

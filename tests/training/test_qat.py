@@ -9,18 +9,21 @@ import pytest
 import torch
 from support import FORMATS, Silent, quantization
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
 
 from quantune.backends.backend import pack_weight
 from quantune.checkpoint.run_folder import RunFolder
 from quantune.data.prepare import prepare
 from quantune.distributed.sharding import Root
 from quantune.errors import InterruptedRun
-from quantune.merge.merge import MergeRequest, Setting, merge
+from quantune.merge.merge import write
+from quantune.merge.opening import open_merge
+from quantune.merge.request import MergeRequest, Setting
 from quantune.merge.trained import find_adapter
+from quantune.merge.trial import load_merged, load_reference
 from quantune.model import adapter, qat
 from quantune.model.base import open_base, skeleton
 from quantune.model.load import load_model
+from quantune.model.trained import load_trained_adapter, load_trained_base
 from quantune.quantized.linear import QuantLinear
 from quantune.recipe.schema import (
     AdapterConfig,
@@ -32,7 +35,6 @@ from quantune.recipe.schema import (
     SourceConfig,
     TrainingConfig,
 )
-from quantune.training.answer import load_trained
 from quantune.training.evaluate import evaluate
 from quantune.training.loss import build_loss
 from quantune.training.run import train
@@ -257,21 +259,30 @@ def test_a_resumed_run_ends_with_the_same_bytes_and_its_adapter_answers_as_it_wa
     assert adapter_bytes(tmp_path / "later") != adapter_bytes(tmp_path / "whole")  # steps 3 and 4 did round
 
     base = open_base(made.model, made.quantization)
-    loaded = load_trained(made, base, whole.adapter, dtype=torch.float32, pack_dtype=torch.float32, device=CPU)
+    plan = plan_of(base, made)
+    model = load_trained_base(
+        base, made.adapter, seed=0, precision="fp32", compute_dtype=torch.float32, device=CPU, rounding=plan
+    )
+    loaded = load_trained_adapter(model, whole.adapter, precision="fp32", rounding=plan)
     assert held_out_loss(loaded.eval(), base, made) == pytest.approx(whole.evaluations[-1].loss, rel=1e-6)
 
-    request = MergeRequest(
-        adapters=(find_adapter(whole.folder),),
-        weights=(1.0,),
-        setting=Setting.of(made),
-        out=tmp_path / "merged",
-        dtype=torch.float32,
-    )
-    merge(request, CPU, SilentMerge())
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokens = torch.arange(24)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(merged(tokens).logits, loaded(tokens).logits, rtol=1e-5, atol=1e-5)
+    for onto in ("dequantized", "packed"):
+        request = MergeRequest(
+            adapters=(find_adapter(whole.folder),),
+            weights=(1.0,),
+            setting=Setting.of(made),
+            out=tmp_path / onto,
+            onto=onto,
+            dtype=torch.float32 if onto == "dequantized" else None,
+        )
+        opened = open_merge(request, CPU, SilentMerge())
+        write(opened, request, SilentMerge())
+        merged = load_merged(tmp_path / onto, opened, packed=onto == "packed")
+        with torch.no_grad():
+            torch.testing.assert_close(merged(tokens).logits, loaded(tokens).logits, rtol=1e-4, atol=1e-4)
+            reference = load_reference(opened, request).eval()
+            assert torch.equal(reference(tokens).logits, loaded(tokens).logits)
 
 
 def held_out_loss(model, base, made):
