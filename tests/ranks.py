@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import multiprocessing
 import os
 import pickle
 import socket
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import wait
 from typing import Any
 
@@ -32,14 +30,13 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pipes, processes = [], []
-    with _garbage_kept_from_children():
-        for rank in range(size):
-            ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_serve, args=(rank, size, port, theirs, function, arguments), daemon=True)
-            process.start()
-            theirs.close()
-            pipes.append(ours)
-            processes.append(process)
+    for rank in range(size):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_serve, args=(rank, size, port, theirs, function, arguments), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
     try:
         answers: dict[int, Any] = {}
         while len(answers) < size:
@@ -62,21 +59,6 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
             process.join(timeout=10 if len(answers) == size else 0)
             process.kill()
             process.join()
-
-
-@contextlib.contextmanager
-def _garbage_kept_from_children() -> Iterator[None]:
-    """Let forked children collect nothing that this process made.
-
-    A process group that was used here and destroyed may live on in cycles; a child that collects it waits for threads
-    that it does not have, or aborts.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _serve(rank: int, size: int, port: int, pipe: Any, function: Callable[..., Any], arguments: tuple) -> None:

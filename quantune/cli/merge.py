@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from enum import Enum
 from pathlib import Path
 from types import TracebackType
@@ -22,12 +23,14 @@ from rich.progress import (
 )
 
 from quantune.cli.console import err, out, quiet_libraries, size, warning
+from quantune.cli.merge_figures import print_verification, print_ways
 from quantune.cli.recipes import open_recipe
 from quantune.errors import InputError
 
 if TYPE_CHECKING:
     from quantune.merge.request import MergeResult, Setting
     from quantune.merge.trained import TrainedAdapter
+    from quantune.recipe.schema import Recipe
 
 
 class Onto(str, Enum):
@@ -89,6 +92,17 @@ def merge(
         typer.Option("--recipe", metavar="FILE", help="How the adapter was trained, where its folder does not say."),
     ] = None,
     device: Annotated[Device, typer.Option("--device", help="Where to pack and add.")] = Device.auto,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Compare the merged model with base and adapter; by default where it fits into half of what memory is "
+            "free.",
+        ),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Merge in every way, print what each keeps, and write nothing.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Merge although the base is another one.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Take the place of an earlier merge.")] = False,
     trust_remote_code: Annotated[
@@ -102,26 +116,39 @@ def merge(
         observer.phase("importing torch and transformers")
         quiet_libraries()
         from quantune.merge.merge import merge
-        from quantune.merge.request import MergeRequest
+        from quantune.merge.request import WRITTEN_IN, MergeRequest
         from quantune.merge.trained import find_adapter
         from quantune.model.device import choose_device
 
         found = tuple(find_adapter(folder) for folder, _ in named)
+        base = None if base is None else os.path.abspath(base) if os.path.isdir(base) else base
+        recipes = _recipes(found, base, recipe)
         request = MergeRequest(
             adapters=found,
             weights=tuple(weight for _, weight in named),
-            setting=_setting(found, base, recipe),
-            out=out_folder or _beside(found),
+            setting=_setting(found, recipes, base),
+            recipe=recipes[0],
+            out=out_folder or _beside(found, compare),
             onto=onto.value,
-            dtype=None if dtype is None else _torch_dtype(dtype),
+            dtype=None if dtype is None else WRITTEN_IN[dtype.value],
             max_shard_size=max_shard_size,
             force=force,
             overwrite=overwrite,
+            verify=verify,
             trust_remote_code=trust_remote_code,
         )
-        result = merge(request, choose_device(device.value), observer)
+        where = choose_device(device.value)
+        if compare:
+            from quantune.merge.ways import compare_ways
+
+            ways = compare_ways(request, where, observer)
+        else:
+            result = merge(request, where, observer)
     if as_json:
-        out.print_json(json.dumps({**attrs.asdict(result), "folder": str(result.folder)}, default=str))
+        found_out = attrs.asdict(ways) if compare else attrs.asdict(result)
+        out.print_json(json.dumps(found_out, default=str))
+    elif compare:
+        print_ways(ways)
     else:
         print_result(result, onto.value)
 
@@ -134,6 +161,8 @@ def print_result(result: MergeResult, onto: str) -> None:
     parts.append(f"{result.kept} tensors as they were")
     out.print(f"[bold]{escape(str(result.folder))}[/]  {size(result.nbytes)} in {result.seconds:.1f} s")
     out.print(f"{', '.join(parts)}; {result.dtype}, onto the {onto} base")
+    if result.verification is not None:
+        print_verification(result.verification, exact=onto == "dequantized")
 
 
 class ConsoleObserver:
@@ -197,16 +226,21 @@ def _weighted(text: str) -> tuple[Path, float]:
         raise InputError(f"--adapter: expected FOLDER:WEIGHT with a number, e.g. runs/a:0.7, found {text}") from None
 
 
-def _setting(adapters: tuple[TrainedAdapter, ...], base: str | None, recipe: Path | None) -> Setting:
+def _recipes(adapters: tuple[TrainedAdapter, ...], base: str | None, recipe: Path | None) -> tuple[Recipe | None, ...]:
+    """How each adapter was trained, None where nobody says."""
+    overrides = () if base is None else (f"model.base={json.dumps(base)}",)
+    sources = [recipe or adapter.recipe for adapter in adapters]
+    return tuple(None if source is None else open_recipe(source, overrides, data=False) for source in sources)
+
+
+def _setting(adapters: tuple[TrainedAdapter, ...], recipes: tuple[Recipe | None, ...], base: str | None) -> Setting:
     """What the adapters were trained on, which is one thing for all of them."""
     from quantune.merge.request import Setting, require_one_setting
 
-    overrides = () if base is None else (f"model.base={json.dumps(base)}",)
     settings = []
-    for adapter in adapters:
-        source = recipe or adapter.recipe
-        if source is not None:
-            settings.append(Setting.of(open_recipe(source, overrides, data=False)))
+    for adapter, recipe in zip(adapters, recipes, strict=True):
+        if recipe is not None:
+            settings.append(Setting.of(recipe))
         else:
             settings.append(Setting.of_another_tool(adapter, base))
             warning(
@@ -216,13 +250,9 @@ def _setting(adapters: tuple[TrainedAdapter, ...], base: str | None, recipe: Pat
     return require_one_setting(settings)
 
 
-def _beside(adapters: tuple[TrainedAdapter, ...]) -> Path:
+def _beside(adapters: tuple[TrainedAdapter, ...], compare: bool) -> Path:
+    if compare:
+        return (adapters[0].run or adapters[0].folder) / "merged"
     if len(adapters) == 1 and adapters[0].run is not None:
         return adapters[0].run / "merged"
     raise InputError("expected --out DIR: only the merge of one run has a place of its own")
-
-
-def _torch_dtype(dtype: Dtype):  # type: ignore[no-untyped-def]  # torch is imported late
-    import torch
-
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype.value]

@@ -13,17 +13,20 @@ if TYPE_CHECKING:
     from quantune.merge.verify import Verification
 
 
-def print_verification(verification: Verification) -> None:
-    """What was found, on standard output; a problem is the caller's to raise."""
+def print_verification(verification: Verification, *, exact: bool) -> None:
+    """What was found, on standard output; a problem is the caller's to raise.
+
+    Where the merge is an `exact` one it has passed; others are approximations, whose distance is said.
+    """
     found = verification.found
-    mark = "[green]verified[/]" if verification.passed else "[red]not what was trained[/]"
+    mark = "[green]verified[/]" if exact else "[yellow]an approximation[/]"
     effect = "" if verification.adapter is None else f"; the base alone is {_nats(verification.adapter.kl)} away"
     out.print(
         f"{mark}: KL {_nats(found.kl)} per token from base + adapter (bound {_nats(verification.kl_bound)}), logits "
         f"within {found.max_difference:.1e} (bound {verification.difference_bound:.1e}), same likeliest token in "
         f"{found.agreement:.2%} of {found.tokens:,} tokens of {escape(verification.prompts)}{effect}"
     )
-    if verification.passed and not verification.telling:
+    if exact and not verification.telling:
         name = str(verification.dtype).removeprefix("torch.")
         warning(
             f"the adapter changes the answers less than a rounding of the weights to {name} may: a merge that lost it "

@@ -24,7 +24,7 @@ from quantune.model.load import fingerprint_of
 from quantune.model.vocabulary import Additions
 from quantune.streaming.adopted import AdoptedSource, adopted
 from quantune.streaming.mapping import units
-from quantune.streaming.output import disk_errors, open_output
+from quantune.streaming.output import disk_errors, open_output, require_free
 from quantune.streaming.rewrite import rewrite
 from quantune.streaming.source import Source, open_source
 
@@ -45,6 +45,7 @@ def merge(request: MergeRequest, device: torch.device, observer: Observer) -> Me
         VerificationError: the merged model answers otherwise than base and adapter; nothing is under its name.
         QuantuneError: see `quantune.errors`.
     """
+    require_free(request.out, REPORT, overwrite=request.overwrite)
     opened = open_merge(request, device, observer)
 
     def trial(folder: Path, dtype: torch.dtype) -> Verification | None:

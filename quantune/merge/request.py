@@ -17,6 +17,8 @@ from quantune.recipe.schema import AdapterConfig, ModelConfig, QatConfig, Quanti
 
 SPLITTING = ("pissa", "olora", "loftq")
 """Initializations that change the base."""
+WRITTEN_IN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""The values of `--dtype`."""
 
 
 class Observer(Protocol):

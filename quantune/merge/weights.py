@@ -25,6 +25,7 @@ from quantune.streaming.rewrite import Entry
 from quantune.streaming.source import Source
 
 Onto = Literal["dequantized", "original", "packed"]
+ONTO: tuple[Onto, ...] = ("dequantized", "original", "packed")
 
 
 @attrs.frozen(kw_only=True, eq=False)

@@ -121,7 +121,7 @@ def open_output(target: Path, *, report: str, identity: Mapping[str, Any], overw
         FolderInUseError: another process writes it.
     """
     target = Path(os.path.abspath(target))
-    _require_free(target, report, overwrite)
+    require_free(target, report, overwrite=overwrite)
     partial = target.with_name(target.name + PARTIAL)
     try:
         make_folder(partial)
@@ -195,7 +195,12 @@ def size(nbytes: int) -> str:
     return f"{amount:.0f} {units[0]}" if units[0] == "bytes" else f"{amount:.1f} {units[0]}"
 
 
-def _require_free(target: Path, report: str, overwrite: bool) -> None:
+def require_free(target: Path, report: str, *, overwrite: bool) -> None:
+    """Require that a folder may be written, before much is done for it.
+
+    Raises:
+        InputError: it exists, and is not to be replaced, or is not one that has `report` in it.
+    """
     if not os.path.lexists(target):
         return
     if not target.is_dir():

@@ -1,18 +1,15 @@
 """`quantune run` with several processes, as a person or a launcher starts it."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from commands import ROOT, quantune_command, refused
+from commands import quantune_command, refused
+from forking import start
 
 from quantune.cli.console import meaning
 
-QUIET = {**os.environ, "NO_COLOR": "1"}
 RECIPE = """
 [model]
 base = "builtin:mini"
@@ -92,17 +89,14 @@ def test_an_error_of_the_system_names_the_file(capsys):
 
 @pytest.mark.slow
 def test_a_run_that_is_asked_to_stop_goes_on_with_the_same_command(tmp_path):
-    command = [sys.executable, "-m", "quantune", "run", recipe(tmp_path, steps=400), "--processes", "2"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "NO_COLOR": "1"}
-    )
+    command = start("run", recipe(tmp_path, steps=400), "--processes", "2", output=tmp_path / "out")
     metrics = tmp_path / "run" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and not (metrics.exists() and metrics.read_text()):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 75 and said.count("interrupted:") == 1, said
+    while time.monotonic() < deadline and command.wait(0.01) is None and not (metrics.exists() and metrics.read_text()):
+        pass
+    command.send(signal.SIGTERM)
+    done = command.end()
+    assert done.code == 75 and done.said.count("interrupted:") == 1, done.said
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert status["state"] == "interrupted" and 1 <= status["step"] < 400
     stopped = status["step"]

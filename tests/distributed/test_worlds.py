@@ -1,5 +1,6 @@
 """A run is the same run in one process, in two and in three."""
 
+import functools
 import json
 
 import attrs
@@ -31,7 +32,7 @@ CLOSE = 1e-5
 """Relative: sums over ranks are rounded in another order, and fifty steps of AdamW carry that on."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def recipe(bases, rows):
     """Ragged batches of three samples in micro-batches of one: two ranks have unequal shares."""
     source = SourceConfig(path=str(rows), format="instruct")
@@ -68,15 +69,54 @@ def evolved(recipe, **tables):
     return attrs.evolve(recipe, **{name: attrs.evolve(getattr(recipe, name), **keys) for name, keys in tables.items()})
 
 
+FIFTY = ("bnb nf4", "torchao int4")
+"""Formats whose runs take fifty steps; those of the others take twelve."""
+
+
+@pytest.fixture(scope="module")
+def over(recipe, bases, tmp_path_factory):
+    """What runs over a format come to: its recipe, and the metrics of one, two and three processes."""
+
+    @functools.cache
+    def runs(name):
+        steps = 50 if name in FIFTY else 12
+        made = evolved(recipe, model={"base": str(bases / "shallow")}, training={"max_steps": steps})
+        made = attrs.evolve(made, quantization=None if name is None else quantization(**FORMATS[name]))
+        folder = tmp_path_factory.mktemp("over")
+        return made, {size: run(size, made, folder)[0] for size in (1, 2, 3)}
+
+    return runs
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*FORMATS, None])
-def test_losses_agree_at_every_world_size_over_fifty_steps(recipe, bases, tmp_path, name):
-    made = evolved(recipe, model={"base": str(bases / "shallow")}, training={"max_steps": 50})
-    made = attrs.evolve(made, quantization=None if name is None else quantization(**FORMATS[name]))
-    alone, _ = run(1, made, tmp_path)
+def test_losses_agree_at_every_world_size_over_fifty_steps(over, name):
+    made, metrics = over(name)
+    assert len(losses(metrics[1])) == made.training.max_steps
     for size in (2, 3):
-        shared, _ = run(size, made, tmp_path)
-        torch.testing.assert_close(losses(shared), losses(alone), rtol=CLOSE, atol=0)
+        torch.testing.assert_close(losses(metrics[size]), losses(metrics[1]), rtol=CLOSE, atol=0)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_gathered_is_the_quantized_bytes(over, name):
+    made, metrics = over(name)
+    model = load_model(
+        open_base(made.model, made.quantization), made.quantization, compute_dtype=torch.float32, device=CPU
+    )
+    adapted = adapter.attach(model, made.adapter, base_name="", seed=0)
+    in_blocks = [p for block in blocks(adapted) for p in block.parameters()]
+    outside = [p for p in adapted.parameters() if all(p is not other for other in in_blocks)]
+    trained = [p for p in in_blocks if p.requires_grad]
+    for size, micro_batches in ((2, 2), (3, 1)):  # of a rank, in a batch of three samples
+
+        def shares(parameters, size=size):
+            """Bytes that the other ranks hold, each of them a share as long as the longest."""
+            longest = (-(-p.shape[0] // size) * (p.nbytes // p.shape[0]) for p in parameters)
+            return sum(longest) * (size - 1)
+
+        # blocks are gathered forward and backward, the rest once; the gradients of what is trained are reduced once
+        expected = size * micro_batches * (2 * shares(in_blocks) + shares(outside) + shares(trained))
+        assert {row["communicated_bytes"] for row in metrics[size] if row["event"] == "step"} == {expected}
 
 
 KINDS = {
@@ -109,7 +149,7 @@ def test_every_kind_of_training_ends_with_the_same_adapter(recipe, bases, tmp_pa
     if "quantization" in changes:
         skip = changes.pop("quantization")
         recipe = attrs.evolve(recipe, quantization=skip and quantization(skip, weight_dtype="nf4"))
-    made = evolved(recipe, **changes)
+    made = evolved(recipe, **{**changes, "training": {"max_steps": 3, **changes.get("training", {})}})
     alone, adapter = run(1, made, tmp_path)
     expected = load(adapter)
     for size in (2, 3):
@@ -120,30 +160,6 @@ def test_every_kind_of_training_ends_with_the_same_adapter(recipe, bases, tmp_pa
         for name, tensor in expected.items():
             # AdamW's first steps move a weight by about the learning rate, whichever way a gradient near zero rounds
             assert (found[name] - tensor).abs().mean() <= 1e-5, name
-
-
-@pytest.mark.parametrize("size", [2, 3])
-@pytest.mark.parametrize("name", FORMATS)
-def test_what_is_gathered_is_the_quantized_bytes(recipe, tmp_path, name, size):
-    made = evolved(recipe, training={"max_steps": 2, "batch_size": size})  # one micro-batch a rank
-    made = attrs.evolve(made, quantization=quantization(**FORMATS[name]))
-    metrics, _ = run(size, made, tmp_path)
-    model = load_model(
-        open_base(made.model, made.quantization), made.quantization, compute_dtype=torch.float32, device=CPU
-    )
-    adapted = adapter.attach(model, made.adapter, base_name="", seed=0)
-
-    def shares(parameters):
-        """Bytes that the other ranks hold, each of them a share as long as the longest."""
-        longest = (-(-p.shape[0] // size) * (p.nbytes // p.shape[0]) for p in parameters)
-        return sum(longest) * (size - 1)
-
-    in_blocks = [p for block in blocks(adapted) for p in block.parameters()]
-    outside = [p for p in adapted.parameters() if all(p is not other for other in in_blocks)]
-    trained = [p for p in in_blocks if p.requires_grad]
-    # blocks are gathered forward and backward, the rest once; the gradients of what is trained are reduced once
-    expected = size * (2 * shares(in_blocks) + shares(outside) + shares(trained))
-    assert [row["communicated_bytes"] for row in metrics if row["event"] == "step"] == [expected] * 2
 
 
 def test_a_rank_reports_what_it_did(recipe, tmp_path):

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
-import faults
 import pytest
 from conftest import make_work
 from faults import Fault
-from running import quantune_ranks, ranks
+from running import quantune_ranks, quantune_run, ranks
 
 FOLDER = Path(__file__).parent
 
@@ -90,14 +88,8 @@ def test_a_rank_that_hangs_is_named_with_the_place_where_it_is(work):
 def test_the_launcher_starts_all_again_when_a_worker_is_killed_and_the_run_ends_with_the_same_bytes(work, whole):
     killed = fault(work, "kill", "step", 5)
     path = os.pathsep.join([str(FOLDER / "injected"), *sys.path])
-    environment = {**os.environ, **faults.environment([killed]), "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(
-        [sys.executable, "-m", "quantune", "run", str(work.recipe), "--processes", "2"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert killed.fired() and done.returncode == 0, done.stderr
-    assert "a process of the run died: this is attempt 2" in done.stderr
+    more = {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo"}
+    done = quantune_run(work.recipe, "--processes", "2", faults=[killed], **more)  # its workers are new processes
+    assert killed.fired() and done.code == 0, done.said
+    assert "a process of the run died: this is attempt 2" in done.said
     assert work.is_as(whole)

@@ -121,8 +121,8 @@ def test_a_run_learns_like_the_unquantized_one_evaluates_generates_and_resumes(d
 
 @pytest.fixture(scope="module")
 def base():
-    """The built-in base."""
-    return open_base(ModelConfig(base="builtin:mini"))
+    """The built-in base, cut to two of its layers."""
+    return open_base(ModelConfig(base="builtin:mini", config={"num_hidden_layers": 2}))
 
 
 TOKENS = torch.arange(48).view(2, 24) * 7 % 4000
@@ -169,8 +169,8 @@ def test_every_adapter_gets_its_gradients_and_a_step_lowers_the_loss(base, name,
     assert all(gradient is not None and gradient.isfinite().all() for gradient in found.values())
     assert sum(gradient.abs().sum() > 0 for gradient in found.values()) >= len(found) / 2  # B = 0 hides A's at first
     parameters = adapter.trainable_parameters(model)
-    optimizer = build_optimizer(parameters, TrainingConfig(learning_rate=2e-3, loraplus_lr_ratio=2.0))
-    set_learning_rate(optimizer, 2e-3)
+    optimizer = build_optimizer(parameters, TrainingConfig(learning_rate=5e-4, loraplus_lr_ratio=2.0))
+    set_learning_rate(optimizer, 5e-4)
     for parameter, gradient in zip(parameters.values(), found.values(), strict=True):
         parameter.grad = gradient
     optimizer.step()

@@ -3,11 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from commands import new_process, quantune_command
+from forking import start
 
 RECIPE = """
 [model]
@@ -77,10 +77,8 @@ def recipe_for(folder, name="run", text=RECIPE):
     return path
 
 
-def quantune(*arguments, check=True):
-    done = subprocess.run(
-        [sys.executable, "-m", "quantune", *map(str, arguments)], capture_output=True, text=True, timeout=300
-    )
+def quantune(*arguments, check=True, command=quantune_command):
+    done = command(*map(str, arguments))
     if check:
         assert done.returncode == 0, done.stderr
     return done
@@ -97,7 +95,7 @@ def metrics(run):
 
 
 def test_a_run_leaves_its_recipe_manifest_metrics_checkpoints_and_adapter(folder):
-    done = quantune("run", recipe_for(folder), "--json")
+    done = quantune("run", recipe_for(folder), "--json", command=new_process)
     run = folder / "run"
     result = json.loads(done.stdout)
     assert result["steps"] == 8 and len(result["evaluations"]) == 3
@@ -118,7 +116,7 @@ def test_a_run_leaves_its_recipe_manifest_metrics_checkpoints_and_adapter(folder
     again = quantune("run", recipe_for(folder), check=False)
     assert again.returncode == 2 and "holds a finished run" in again.stderr
 
-    answers = quantune("generate", run, "--prompt", "What comes after 3?", "--json")
+    answers = quantune("generate", run, "--prompt", "What comes after 3?", "--json", command=new_process)
     assert json.loads(answers.stdout)[0]["prompt"] == "What comes after 3?"
     assert "warning" not in answers.stderr  # the base is packed to the bytes that were trained on
 
@@ -138,15 +136,14 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.slow
 def test_a_run_killed_and_resumed_ends_with_the_same_bytes(folder, uninterrupted):
     path = recipe_for(folder, "killed", LONGER)
-    process = subprocess.Popen([sys.executable, "-m", "quantune", "run", str(path)], stderr=subprocess.DEVNULL)
+    command = start("run", path, output=folder / "killed.out")
     log = folder / "killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
+    while time.monotonic() < deadline and command.wait(0.001) is None:
         if log.exists() and sum('"event": "step"' in line for line in log.read_text().splitlines()) >= 4:
-            process.send_signal(signal.SIGKILL)
+            command.send(signal.SIGKILL)
             break
-        time.sleep(0.001)
-    assert process.wait() == -signal.SIGKILL, "the fault did not fire"
+    assert command.end().code == -signal.SIGKILL, "the fault did not fire"
 
     refused = quantune("run", path, check=False)
     assert refused.returncode == 2 and "--resume goes on with it" in refused.stderr
@@ -158,14 +155,13 @@ def test_a_run_killed_and_resumed_ends_with_the_same_bytes(folder, uninterrupted
 
 def test_a_run_asked_to_stop_saves_and_says_how_to_go_on(folder):
     path = recipe_for(folder, text=RECIPE.replace("max_steps = 8", "max_steps = 5000"))
-    process = subprocess.Popen([sys.executable, "-m", "quantune", "run", str(path)], stderr=subprocess.PIPE, text=True)
+    command = start("run", path, output=folder / "out")
     log = folder / "run" / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.stat().st_size):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 75
-    assert "--resume goes on from there" in stderr
+    while command.wait(0.01) is None and not (log.exists() and log.stat().st_size):
+        pass
+    command.send(signal.SIGTERM)
+    done = command.end()
+    assert done.code == 75 and "--resume goes on from there" in done.said
     status = json.loads((folder / "run" / "status.json").read_text())
     assert status["state"] == "interrupted"
     assert (folder / "run" / "checkpoints" / f"step-{status['step']:08d}").is_dir()
