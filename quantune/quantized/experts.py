@@ -146,7 +146,7 @@ def _project(module: nn.Module, name: str, expert: int, x: Tensor) -> Tensor:
     weight_format = weight_formats(module).get(name)
     updates = [(it.lora_A[expert], it.lora_B[expert], it.scaling) for it in _updates(module).get(name, ())]
     rounded_to, rounding = _rounded(module).get(name, (None, None))
-    if rounding is not None and rounding.applies(module):
+    if updates and rounding is not None and rounding.applies(module):
         ((lora_A, lora_B, scaling),) = updates
         base = weight if weight_format is not None else as_rows(module, weight)
         return RoundedLoraLinear.apply(x, base, bias, lora_A, lora_B, None, scaling, rounded_to)

@@ -71,6 +71,8 @@ def test_experts_compute_with_the_bytes_that_a_packed_merge_writes(mixtures, nam
     model = built(recipe(mixtures[name], lora_base=lora_base))
     with torch.no_grad():
         rounded = model(TOKENS).logits
+        with model.disable_adapter():
+            assert not torch.equal(model(TOKENS).logits, rounded)
     assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients(model).values())
     wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
     assert len(wrappers) == 2 * 2
