@@ -37,7 +37,9 @@ class RoundedLora(LoraLinear):
     """LoRA whose sum with the base's weight is rounded to a format, where `round_to` said so."""
 
     rounding: Rounding | None = None
+    """Says whether it rounds now; None where it never does."""
     rounds_to: WeightFormat | None = None
+    """The format, where there is a `rounding`."""
 
     def round_to(self, weight_format: WeightFormat, rounding: Rounding) -> None:
         """Compute with base and adapter as `weight_format` rounds them, while `rounding` applies."""

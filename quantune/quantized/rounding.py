@@ -76,7 +76,9 @@ class RoundedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, data = ctx.saved_tensors
         grad_TO = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_x = (grad_TO @ ctx.weight_format.borrow(data, grad_TO.dtype)).view(ctx.x_shape)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_TO @ ctx.weight_format.borrow(data, grad_TO.dtype)).view(ctx.x_shape)
         grad_weight = (grad_TO.T @ x_TI).to(ctx.weight_dtype)
         grad_bias = grad_TO.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         return grad_x, grad_weight, grad_bias, None
@@ -114,7 +116,9 @@ class RoundedLoraLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, base, data, lora_A_RI, lora_B_OR, magnitude_O = ctx.saved_tensors
         grad_TO = grads[0].reshape(-1, grads[0].shape[-1])
-        grad_x = (grad_TO @ ctx.weight_format.borrow(data, grad_TO.dtype)).view(ctx.x_shape)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad_TO @ ctx.weight_format.borrow(data, grad_TO.dtype)).view(ctx.x_shape)
         grad_bias = grad_TO.sum(0, dtype=ctx.bias_dtype) if ctx.needs_input_grad[2] else None
         grad_magnitude = None
         if magnitude_O is not None:
