@@ -863,6 +863,19 @@ QUANTIZED = [
     ),
     ({"adapter": "lora", "qat": {"weight_dtype": "int3"}}, "qat.weight_dtype", "refused", {}),
     (
+        {"adapter": "lora", "qat": {"weight_dtype": "int4", "group_size": 64}},
+        "qat.group_size",
+        "translated",
+        {"quantization.group_size": 64},
+    ),
+    ({"adapter": "lora", "qat": {"weight_dtype": "mxfp4", "group_size": 32}}, "qat.group_size", "dropped", {}),
+    (
+        {"adapter": "lora", "qat": {"weight_dtype": "int8", "fake_quant_after_n_steps": 5}},
+        "qat.fake_quant_after_n_steps",
+        "translated",
+        {"training.qat.fake_quant_after_steps": 5},
+    ),
+    (
         {"adapter": "lora", "qat": {"weight_dtype": "int4", "quantize_embedding": True}},
         "qat.quantize_embedding",
         "refused",
