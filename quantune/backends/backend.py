@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from quantune.backends import kernels
 from quantune.backends.layout import PackedLayout, PackedWeight, TensorSpec
 from quantune.errors import QuantizationError
 
@@ -115,7 +116,7 @@ def pack_weight(backend: Backend, weight: Tensor, options: Any, *, name: str = "
         raise QuantizationError(
             f"{name}: expected a float matrix to pack, found {weight.dtype} with shape {tuple(weight.shape)}"
         )
-    if not torch.isfinite(weight).all():
+    if not kernels.is_finite(weight):
         raise QuantizationError(
             f"{name}: can't be packed, it holds NaN or infinity. The checkpoint is damaged; "
             f"fetch it again, or name the module in [quantization] skip"

@@ -33,6 +33,11 @@ E4M3_MAX = 448.0
 Decode = Callable[[int, int, Tensor], None]
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a float tensor holds neither NaN nor infinity; its sum tells, in one pass, unless that overflows."""
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+
+
 def fill(out: Tensor, decode: Decode, *, step: int, rounded_to: torch.dtype = torch.float32) -> Tensor:
     """Fill `out`, contiguous and of any float dtype, from `decode`; returns it.
 

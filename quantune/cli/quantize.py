@@ -12,6 +12,7 @@ from rich.markup import escape
 from quantune.cli.compare import Device, named_model
 from quantune.cli.console import out, quiet_libraries, size, table
 from quantune.cli.merge import ConsoleObserver
+from quantune.errors import InputError
 from quantune.quantize.choice import choose
 from quantune.recipe.schema import ModelConfig
 
@@ -54,6 +55,11 @@ def quantize(
     The embeddings, the output head, routers and whatever --skip names stay as they are.
     """
     choice = choose(backend, weight_dtype, settings=settings or (), skip=skip or (), activation_dtype=activation_dtype)
+    if (Path(model) / "recipe.toml").is_file() and not (Path(model) / "config.json").is_file():
+        raise InputError(
+            f"expected a model, found the folder of a run: quantune merge {model} makes a model of it, and quantune "
+            f"quantize {Path(model) / 'merged'} packs that"
+        )
     config = ModelConfig(base=named_model(model), trust_remote_code=trust_remote_code)
     with ConsoleObserver(quiet=as_json) as observer:
         observer.phase("importing torch and transformers")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quantune.backends.backend import layout_of
+from quantune.backends.kernels import is_finite
 from quantune.backends.layout import PackedWeight
 from quantune.errors import ModelError
 from quantune.merge.updates import Update
@@ -230,15 +231,15 @@ class MergeJob:
         return self.base.as_rounded(name, merged, expert) if self.onto == "dequantized" else merged
 
     def _rounded(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        if not torch.isfinite(weight).all():
-            raise ModelError(f"{name}: base and adapter together hold NaN or infinity; nothing was merged")
         rounded = weight.to(dtype).cpu()
-        if not torch.isfinite(rounded).all():
-            raise ModelError(
-                f"{name}: base and adapter together reach {weight.abs().max():.3g}, more than {_short(dtype)} holds; "
-                "use --dtype bf16"
-            )
-        return rounded
+        if is_finite(rounded):
+            return rounded
+        if not is_finite(weight):
+            raise ModelError(f"{name}: base and adapter together hold NaN or infinity; nothing was merged")
+        raise ModelError(
+            f"{name}: base and adapter together reach {weight.abs().max():.3g}, more than {_short(dtype)} holds; use "
+            "--dtype bf16"
+        )
 
     def _split(self, name: str) -> bool:
         split = self.base.initialization

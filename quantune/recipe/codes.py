@@ -298,8 +298,8 @@ CODES = (
     Code(
         name="QT115",
         title="merge_lora asks to merge the adapter when training ends.",
-        explanation="A quantized base can't hold the adapter's update, so a run saves the adapter by itself, and "
-        "merging it into an unquantized checkpoint is a step of its own. Remove the key.",
+        explanation="A run saves the adapter by itself, and quantune merge RUN merges it into the base afterwards and "
+        "shows that the merged model answers as base and adapter do. Remove the key.",
         example='merge_lora = true\n\n[quantization]\nbackend = "bnb"',
         corrected='[quantization]\nbackend = "bnb"',
     ),
@@ -360,9 +360,9 @@ CODES = (
         name="QT122",
         title="The base is already quantized in another way than the recipe says.",
         explanation="The checkpoint's config.json says that its weights are quantized, and packing them once more "
-        "would lose what they still hold. A checkpoint in MXFP4 or in FP8 blocks is taken over bit for bit, with the "
-        "backend of that name or without [quantization]. For any other format the unquantized base is needed, which "
-        "its model card usually names.",
+        "would lose what they still hold. A checkpoint in MXFP4, in FP8 blocks, of bitsandbytes or of torchao is taken "
+        "over bit for bit, with the backend of that format or without [quantization]. For any other format the "
+        "unquantized base is needed, which its model card usually names.",
         example='[model]\nbase = "models/llama-awq"\n\n[quantization]\nbackend = "bnb"',
         corrected='[model]\nbase = "models/llama"\n\n[quantization]\nbackend = "bnb"',
     ),

@@ -16,7 +16,7 @@ from plugin_packages import install_text
 TINY = Path(__file__).parent / "tiny_plugin"
 PAGE = ROOT / "docs" / "plugins.md"
 PUBLIC = {
-    *(f"quantune.backends.{module}" for module in ("backend", "description", "kernels", "layout")),
+    *(f"quantune.backends.{module}" for module in ("backend", "description", "kernels", "layout", "readers")),
     "quantune.backends",  # `from quantune.backends import kernels`
     "quantune.errors",
     "quantune.testing",

@@ -221,6 +221,13 @@ def test_int8_activations_take_one_scale_per_row(shards, tmp_path):
         pack(shards, tmp_path / "out", settings=["group_size=32"], activation_dtype="int8")
 
 
+def test_the_folder_of_a_run_is_merged_first(tmp_path):
+    (tmp_path / "recipe.toml").touch()
+    done = CliRunner().invoke(app, ["quantize", str(tmp_path), "--backend", "bnb", "--out", str(tmp_path / "out")])
+    assert isinstance(done.exception, InputError)
+    assert f"quantune merge {tmp_path} makes a model of it" in str(done.exception)
+
+
 def test_the_command_prints_the_table_and_writes_a_model_with_its_tokenizer(tmp_path):
     arguments = ["quantize", "builtin:mini", "--backend", "torchao", "--weight-dtype", "int8", "--out"]
     done = CliRunner().invoke(app, [*arguments, str(tmp_path / "out")])

@@ -67,8 +67,8 @@ FOREIGN = {
     "merge_lora": Foreign(
         code="QT115",
         asks="asks to merge the adapter when training ends",
-        against="the quantized base can't hold it",
-        way_out="remove merge_lora: the run saves the adapter by itself, and merging is a step of its own",
+        against="merging is a step of its own, which verifies what it wrote",
+        way_out="remove merge_lora: the run saves the adapter by itself, and quantune merge RUN merges it",
     ),
 }
 

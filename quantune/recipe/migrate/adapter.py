@@ -106,7 +106,7 @@ RULES: tuple[Rule, ...] = (
     dropped("lora_on_cpu", because="the base is streamed, so that it never takes more than its packed size"),
     dropped("peft_autocast_adapter_dtype", because="adapters are always fp32"),
     dropped("qlora_sharded_model_loading", because="the base is always packed while it is read"),
-    dropped("merge_method", because="merging is a command of its own"),
+    dropped("merge_method", because="quantune merge RUN merges, after training"),
     refused(
         "peft_layers_to_transform",
         "peft_layers_pattern",

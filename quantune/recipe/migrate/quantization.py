@@ -293,7 +293,7 @@ RULES: tuple[Rule, ...] = (
     *(
         Rule(keys=keys, treatment="refuse", meaning=because, apply=_foreign(because))
         for keys, because in (
-            (("merge_lora",), "merging is a command of its own, after training"),
+            (("merge_lora",), "quantune merge RUN merges, after training"),
             (("gptq",), "a GPTQ checkpoint can't be trained on; choose the unquantized base with load_in_4bit: true"),
             (("fp8",), "quantune computes in bf16 or fp32"),
             (("relora",), "an adapter is never merged into a quantized base during training"),
