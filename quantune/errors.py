@@ -14,6 +14,7 @@ QuantuneError                 the base: a sentence for the person who meets it, 
 ├── NonFiniteError            a loss or gradient that is NaN or infinite (4)
 ├── CheckpointError           a checkpoint that is damaged, or can't be written (5)
 ├── DistributedError          a process of the run died or hung, or they did not find each other (7)
+├── VerificationError         a merged model does not answer as base + adapter did (8)
 └── InterruptedRun            the run was asked to stop and saved what it had (75: resume me)
 
 Beside these exit codes: 0 done, 70 a bug in quantune, 130 aborted by a second Ctrl-C.
@@ -35,6 +36,7 @@ EXIT_NON_FINITE = 4
 EXIT_CHECKPOINT = 5
 EXIT_IN_USE = 6
 EXIT_DIED = 7
+EXIT_VERIFICATION = 8
 EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
 EXIT_ABORTED = 130  # as a shell has it for SIGINT
 EXIT_RESUMABLE = 75  # EX_TEMPFAIL of sysexits.h: run it again
@@ -169,6 +171,12 @@ class DistributedError(QuantuneError):
     """A process of the run died or hung, or the processes did not find each other."""
 
     exit_code = EXIT_DIED
+
+
+class VerificationError(QuantuneError):
+    """A merged model that does not answer as base + adapter did when they were trained."""
+
+    exit_code = EXIT_VERIFICATION
 
 
 class InterruptedRun(QuantuneError):

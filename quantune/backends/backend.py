@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from quantune.backends.layout import PackedLayout, PackedWeight, TensorSpec
 from quantune.errors import QuantizationError
+
+if TYPE_CHECKING:
+    from quantune.backends.readers import Reader
 
 
 class Backend(abc.ABC):
@@ -70,6 +73,10 @@ class Backend(abc.ABC):
         """What checkpoints of this format call the tensors of `export`, for a parameter called `parameter`."""
         return {"weight": parameter}
 
+    def stored_names(self, parameter: str, options: Any) -> Mapping[str, str]:
+        """`checkpoint_names`, for a format whose options decide which tensors there are: those of `options` alone."""
+        return self.checkpoint_names(parameter)
+
     def stack_rows(self, parts: Sequence[Mapping[str, Tensor]], options: Any) -> Mapping[str, Tensor]:
         """The tensors of `export` of weights stacked by rows, from those of each.
 
@@ -77,6 +84,19 @@ class Backend(abc.ABC):
             QuantizationError: stacked, they are no weight of this format.
         """
         raise QuantizationError(f"the backend {self.name!r} does not stack weights that are already packed")
+
+    def reader(self, options: Any, activation_dtype: str | None = None) -> Reader:
+        """How another library reads checkpoints of this format, where one does.
+
+        Args:
+            activation_dtype: one of those that the description names for the weight dtype.
+
+        Raises:
+            QuantizationError: none does; the message says which format of the backend has a reader instead.
+        """
+        raise QuantizationError(
+            f"no library reads packed checkpoints of the backend {self.name!r}; choose bnb, torchao, fp8 or mxfp4"
+        )
 
     def layout(self, shape: tuple[int, int], dtype: torch.dtype, options: Any) -> PackedLayout:
         """The layout of a weight of `shape` and `dtype`, before there is one."""

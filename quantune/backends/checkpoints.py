@@ -56,10 +56,11 @@ def format_problem(stored: Mapping[str, Any], quantization: QuantizationConfig |
     holds = f"is already quantized ({in_words(stored)})"
     whole = as_stored(stored)
     if quantization is None and whole is None:
-        can = " and ".join(name for name in registry.BUILT_IN if registry.describe(name).adopts)
+        *names, last = (name for name in registry.BUILT_IN if registry.describe(name).adopts)
         return FormatProblem(
             code="QT123",
-            message=f"{holds}, and quantune can't train on that: of quantized checkpoints it takes over {can}",
+            message=f"{holds}, and quantune can't train on that: of quantized checkpoints it takes over those in "
+            f"the formats of {', '.join(names)} and {last}",
             way_out="choose the unquantized base; [quantization] packs it",
         )
     chosen = whole if quantization is None else quantization
@@ -81,9 +82,10 @@ def as_stored(stored: Mapping[str, Any]) -> QuantizationConfig | None:
     backend = _adopting(stored)
     if backend is None:
         return None
-    options = registry.describe(backend).options
-    of_checkpoint = getattr(options, "of_checkpoint", None)
-    return QuantizationConfig(backend=backend, options=options() if of_checkpoint is None else of_checkpoint(stored))
+    cls = registry.describe(backend).options
+    of_checkpoint = getattr(cls, "of_checkpoint", None)
+    options = cls() if of_checkpoint is None else of_checkpoint(stored)
+    return None if options is None else QuantizationConfig(backend=backend, options=options)
 
 
 def _adopting(stored: Mapping[str, Any]) -> str | None:

@@ -6,6 +6,7 @@ metrics.jsonl   one row a step and an evaluation
 history.jsonl   what every attempt did, see `quantune.checkpoint.history`
 checkpoints/    what the run resumes from
 adapter/        the result
+merged/         the result in its base, where `quantune merge` wrote it
 logs/           what ranks other than 0 said, a file each
 status.json     running, interrupted or finished, and at which step
 .overwriting    what is here is an older run's, and is removed once the one that overwrites it has loaded
@@ -43,7 +44,7 @@ HISTORY = "history.jsonl"
 FILES = ("recipe.toml", "manifest.json", "metrics.jsonl", HISTORY, STATUS)
 PACKED = "the packed weights"
 """What the manifest's fingerprints call that of the quantized base."""
-FOLDERS = ("checkpoints", "adapter", "adapter.replaced")
+FOLDERS = ("checkpoints", "adapter", "adapter.replaced", "merged", "merged.partial")
 LOGS = "logs"
 LOCK = ".lock"
 OVERWRITING = ".overwriting"

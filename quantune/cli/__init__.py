@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import quantune
-from quantune.cli import backends, check, explain, generate, history, init, migrate, run, schema
+from quantune.cli import backends, check, explain, generate, history, init, merge, migrate, quantize, run, schema
 from quantune.cli.console import meaning
 from quantune.distributed import worker
 
@@ -29,7 +29,9 @@ app.command("init")(init.init)
 app.command("schema")(schema.schema)
 app.command("generate")(generate.generate)
 app.command("history")(history.history)
+app.command("merge")(merge.merge)
 app.command("migrate")(migrate.migrate)
+app.command("quantize")(quantize.quantize)
 app.add_typer(backends.app, name="backends")
 
 

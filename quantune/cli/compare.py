@@ -71,7 +71,7 @@ def compare(
     measured_on = built_in_text() if text is None else read_text(text)
     if chart_file is not None:
         _require_chart_file(chart_file)
-    config = ModelConfig(base=_base(model), trust_remote_code=trust_remote_code)
+    config = ModelConfig(base=named_model(model), trust_remote_code=trust_remote_code)
 
     with ConsoleObserver(quiet=as_json) as observer:
         observer.phase("", "importing torch and transformers")
@@ -195,7 +195,7 @@ def _kl(kl: float) -> str:
     return f"{kl:.5f}" if kl >= 1e-4 or kl == 0 else f"{kl:.1e}"
 
 
-def _base(model: str) -> str:
+def named_model(model: str) -> str:
     """The model as `[model] base` would name it; folders are relative to the current directory.
 
     Raises:

@@ -113,8 +113,8 @@ def packed_sums(parameters: Iterable[PackedParameter], dense: Mapping[str, Tenso
         error = signal = 0.0
         for data_B, original in zip(parameter.data_EB, _original(parameter, dense), strict=True):
             original_OI = original.to(data_B.device, torch.float32)
-            error += _power(parameter.weight_format.dequantize(data_B, torch.float32) - original_OI)
-            signal += _power(original_OI)
+            error += power(parameter.weight_format.dequantize(data_B, torch.float32) - original_OI)
+            signal += power(original_OI)
         if not math.isfinite(error):
             raise QuantizationError(f"{parameter.name} is dequantized to NaN or infinity")
         kind = kind_of(parameter.name)
@@ -191,6 +191,6 @@ def _original(parameter: PackedParameter, dense: Mapping[str, Tensor]) -> Tensor
     return matrices
 
 
-def _power(values: Tensor) -> float:
+def power(values: Tensor) -> float:
     """The sum of the squares, in fp64: those of large weights leave fp32's range."""
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2

@@ -30,6 +30,8 @@ from quantune.recipe.schema import AdapterConfig
 
 NAME = "default"
 """The adapter's name in PEFT."""
+RECIPE, ORIGIN = "recipe.toml", "run.json"
+"""What an adapter's folder says of the run that trained it: its recipe, and its manifest."""
 IN_PEFT: dict[str, Any] = {"pissa": "pissa", "olora": "olora", "loftq": True}
 """What a saved adapter says of its initialization: with `pissa` and `olora` PEFT takes the same share out of an
 ordinary base when it loads the adapter; a `loftq` adapter belongs to the packed base it was trained on."""
@@ -67,7 +69,7 @@ def attach(
         task_type="CAUSAL_LM",
     )
     _refuse_packed(model, config.modules_to_save)
-    lora._register_custom_module(_custom_modules(model))
+    lora._register_custom_module(custom_modules(model))
     torch.manual_seed(seed)
     with _whole_weights(model):
         peft_model = get_peft_model(model, lora)
@@ -101,7 +103,7 @@ def _whole_weights(model: nn.Module) -> Iterator[None]:
             del layer.W_q, layer.dequantize
 
 
-def _custom_modules(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
+def custom_modules(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
     """quantune's layers for what PEFT can't adapt by itself."""
     return {
         QuantLinear: QuantLoraLinear,
@@ -214,7 +216,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     require_adapter(folder)
     try:
         config = LoraConfig.from_pretrained(str(folder))
-        config._register_custom_module(_custom_modules(model))
+        config._register_custom_module(custom_modules(model))
         config.inference_mode = True
         if isinstance(config.init_lora_weights, str):  # the base was loaded without the adapter's share
             config.init_lora_weights = True

@@ -61,7 +61,7 @@ def quantization_over(
 
 def kept_modules(stored: Mapping[str, Any]) -> tuple[str, ...]:
     """Modules that the checkpoint keeps in full precision, as patterns of `skip`."""
-    return tuple(stored.get("modules_to_not_convert") or ())
+    return tuple(stored.get("modules_to_not_convert") or stored.get("llm_int8_skip_modules") or ())
 
 
 class AdoptWeight(ConversionOps):
@@ -70,7 +70,7 @@ class AdoptWeight(ConversionOps):
     def __init__(self, quantizer: HfQuantizer, plan: QuantizationPlan, parameter: str) -> None:
         self.hf_quantizer = quantizer  # by this attribute transformers knows to leave the tensors in their dtypes
         self.plan = plan
-        self.parts = {name: part for part, name in plan.backend.checkpoint_names(parameter).items()}
+        self.parts = {name: part for part, name in plan.backend.stored_names(parameter, plan.options).items()}
         """The backend's name for each tensor of the checkpoint."""
 
     @torch.no_grad()
@@ -94,7 +94,10 @@ class AdoptWeight(ConversionOps):
     ) -> Tensor:
         module_name, _, leaf = full_layer_name.rpartition(".")
         module = model.get_submodule(module_name)
-        tensors = {_leaf(key): value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        tensors = {
+            key if key in self.parts else _leaf(key): value[0] if isinstance(value, list) else value
+            for key, value in input_dict.items()
+        }
         if leaf in tensors and len(tensors) == 1 and tensors[leaf].dtype.itemsize > 1:  # kept in full precision there
             return _dense(tensors[leaf], module, leaf, self.plan, full_layer_name)
         found = {self.parts.get(name, name): tensor for name, tensor in tensors.items()}
@@ -117,10 +120,13 @@ class AdoptWeight(ConversionOps):
 class AdoptExperts(ConversionOps):
     """Take over experts that the checkpoint stores one by one, fusing the quantized gate and up as they are."""
 
-    def __init__(self, quantizer: HfQuantizer, plan: QuantizationPlan, sources: list[str]) -> None:
+    def __init__(
+        self, quantizer: HfQuantizer, plan: QuantizationPlan, sources: list[str], dense: ConversionOps
+    ) -> None:
         self.hf_quantizer = quantizer
         self.plan = plan
         self.sources = sources
+        self.dense = dense
 
     @torch.no_grad()
     def convert(  # type: ignore[override]  # called with full_layer_name and model by keyword
@@ -137,17 +143,33 @@ class AdoptExperts(ConversionOps):
         assert model is not None
         module_name, _, leaf = full_layer_name.rpartition(".")
         module = model.get_submodule(module_name)
+        if input_dict.keys() <= set(self.sources) and all(
+            tensor.dtype.itemsize > 1 for tensors in input_dict.values() for tensor in tensors
+        ):
+            more = {"full_layer_name": full_layer_name, "model": model, **kwargs}
+            made: dict[str, Any] = self.dense.convert(
+                input_dict, source_patterns=self.sources, target_patterns=target_patterns, **more
+            )
+            (value,) = made.values()
+            weight = value[0] if isinstance(value, list) else value
+            return {target_patterns[0]: self._kept(weight, module.get_parameter(leaf), full_layer_name)}
         with self.plan.noting_failures():
             own = _own(self.plan, len(input_dict[self.sources[0]]))
             each = {index: self._expert(input_dict, index, full_layer_name) for index in own}
             return {target_patterns[0]: _stacked(each, module, leaf, self.plan, full_layer_name)}
+
+    def _kept(self, weight: Tensor, parameter: Tensor, name: str) -> Tensor:
+        """Experts that the checkpoint keeps in full precision: as they are, or packed because the recipe says so."""
+        if weight.dtype != torch.uint8:
+            return _kept(weight.to(parameter.dtype), self.plan, name)
+        return _loaded(weight if self.plan.shares is None else self.plan.shares.of(weight, parameter.shape))
 
     def _expert(self, input_dict: dict[str, list[Tensor]], index: int, name: str) -> dict[str, Tensor]:
         """The tensors of one expert, its parts stacked."""
         parts = [
             {
                 part: input_dict[key][index]
-                for part, key in self.plan.backend.checkpoint_names(source).items()
+                for part, key in self.plan.backend.stored_names(source, self.plan.options).items()
                 if key in input_dict
             }
             for source in self.sources
@@ -164,27 +186,43 @@ class AdoptExperts(ConversionOps):
             raise QuantizationError(f"{name}: {error}") from error
 
 
-def adopting_conversions(conversions: list[Any], quantizer: HfQuantizer, plan: QuantizationPlan) -> list[Any]:
-    """The architecture's conversions with the checkpoint's quantized tensors in place of dense ones."""
+def adopting_conversions(
+    conversions: list[Any],
+    quantizer: HfQuantizer,
+    plan: QuantizationPlan,
+    dense: Callable[[list[ConversionOps]], ConversionOps],
+) -> list[Any]:
+    """The architecture's conversions with the checkpoint's quantized tensors in place of dense ones.
+
+    Args:
+        dense: makes one operation of those on experts that the checkpoint keeps in full precision.
+    """
     made = []
     for conversion in conversions:
         if isinstance(conversion, WeightConverter):
             sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
             leaf = targets[0].rpartition(".")[2]
-            if len(targets) == 1 and leaf in experts.PROJECTIONS and _stacks_rows(conversion.operations):
-                names = [name for source in sources for name in plan.backend.checkpoint_names(source).values()]
-                operations = [AdoptExperts(quantizer, plan, list(sources))]
+            if len(targets) == 1 and leaf in experts.PROJECTIONS and stacks_rows(conversion.operations):
+                names = [name for source in sources for name in _names(plan, source)]
+                operations = [AdoptExperts(quantizer, plan, list(sources), dense(conversion.operations))]
                 conversion = conversion.copy(names, targets, operations=operations)
         made.append(conversion)
     for name in (*experts.PROJECTIONS, "weight"):
-        names = list(plan.backend.checkpoint_names(name).values())
+        names = _names(plan, name)
         # a plain `down_proj` as pattern would catch the linear layer `down_proj.weight` too
         if name == "weight" or name not in names:
             made.append(WeightConverter(names, name, [AdoptWeight(quantizer, plan, name)]))
     return made
 
 
-def _stacks_rows(operations: list[ConversionOps]) -> bool:
+def _names(plan: QuantizationPlan, parameter: str) -> list[str]:
+    """The tensors that a checkpoint may hold for a parameter, which it may also keep as it is."""
+    names = list(plan.backend.stored_names(parameter, plan.options).values())
+    weight = parameter.rpartition(".")[2] == "weight"
+    return names if parameter in names or not weight else [*names, parameter]
+
+
+def stacks_rows(operations: list[ConversionOps]) -> bool:
     """Whether operations on experts merely stack them, gate above up."""
     kinds = [type(operation) for operation in operations]
     if kinds == [MergeModulelist]:

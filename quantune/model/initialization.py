@@ -76,7 +76,7 @@ class Initialization:
                 rest, factors = self._loftq(name, dense, weight.dtype, round_trip)
             else:
                 factors = self._olora(dense) if self.method == "olora" else self._principal(name, dense)
-                rest = dense - self._update(factors)
+                rest = dense - self.update_of(factors)
         self.factors[name] = factors
         rest = rest.to(weight.dtype)
         if round_trip is None:
@@ -89,7 +89,7 @@ class Initialization:
             lost = weight - round_trip(rest.to(dtype))
             factors = self._principal(name, lost)
             if turn + 1 < self.iterations:
-                rest = weight - self._update(factors)
+                rest = weight - self.update_of(factors)
         return rest, factors
 
     def _olora(self, weight: Tensor) -> Factors:
@@ -117,7 +117,8 @@ class Initialization:
             lora_B = torch.cat([lora_B, lora_B.new_zeros(lora_B.shape[0], missing)], dim=1)
         return Factors(lora_A=lora_A.contiguous(), lora_B=lora_B.contiguous())
 
-    def _update(self, factors: Factors) -> Tensor:
+    def update_of(self, factors: Factors) -> Tensor:
+        """The share of a weight that the adapter takes, (out features, in features), fp32."""
         return self.scaling * (factors.lora_B @ factors.lora_A)
 
 

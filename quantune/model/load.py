@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -75,22 +75,22 @@ def load_model(
         BackendError: the backend can't run here, or not on this device.
         QuantizationError: a weight can't be packed, or one that should be packed is not.
     """
-    plan = None
     if quantization is None and base.stored is not None:
         raise ModelError(
             f"{base.name} is already quantized ({in_words(base.stored)}) and can't be loaded in full precision; choose "
             "the unquantized base"
         )
+    plan = None
     if quantization is not None:
-        plan = plan_quantization(quantization, compute_dtype, device)
-        plan = attrs.evolve(plan, initialization=initialization, pack_dtype=pack_dtype or compute_dtype, shares=shares)
-        if base.stored is not None:
-            if initialization is not None:
-                raise ModelError(
-                    f'[adapter] init = "{initialization.method}" changes the weights before they are packed, and '
-                    f'{base.name} is already quantized; use init = "default", or choose the unquantized base'
-                )
-            plan = attrs.evolve(plan, adopt=True, skip=(*plan.skip, *kept_modules(base.stored)))
+        plan = plan_base(
+            base,
+            quantization,
+            compute_dtype,
+            device,
+            initialization=initialization,
+            pack_dtype=pack_dtype,
+            shares=shares,
+        )
     config = None if plan is None and shares is None else QuantuneConfig(plan, shares, initialization)
     try:
         with lean_heap():
@@ -133,6 +133,34 @@ def load_model(
         own = {name: initialization.factors[name].on_cpu() for name in packed}
         initialization.factors.update(shares.merged(own))
     return model
+
+
+def plan_base(
+    base: Base,
+    quantization: QuantizationConfig,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    *,
+    initialization: Initialization | None = None,
+    pack_dtype: torch.dtype | None = None,
+    shares: Shares | None = None,
+) -> QuantizationPlan:
+    """What to pack of a base, or to take over as it is; the arguments are those of `load_model`.
+
+    Raises:
+        ModelError: an adapter's share can't be taken out of weights that are already quantized.
+        BackendError: the backend can't run here, or not on `device`.
+    """
+    plan = plan_quantization(quantization, compute_dtype, device)
+    plan = attrs.evolve(plan, initialization=initialization, pack_dtype=pack_dtype or compute_dtype, shares=shares)
+    if base.stored is None:
+        return plan
+    if initialization is not None:
+        raise ModelError(
+            f'[adapter] init = "{initialization.method}" changes the weights before they are packed, and '
+            f'{base.name} is already quantized; use init = "default", or choose the unquantized base'
+        )
+    return attrs.evolve(plan, adopt=True, skip=(*plan.skip, *kept_modules(base.stored)))
 
 
 def plan_quantization(
@@ -232,18 +260,33 @@ def packed_weights(module: nn.Module) -> dict[str, WeightFormat]:
 
 
 def packed_fingerprint(model: nn.Module, *, counts: bool = True) -> str:
-    """sha256 over the bytes of every packed weight, in the order of the modules.
+    """One fingerprint of all packed weights, see `fingerprint_of`.
 
     Ranks that share the model gather it weight by weight; where it does not count, nothing is hashed.
     """
-    digest = hashlib.sha256()
+    digests: dict[str, str] = {}
     for name, module in model.named_modules():
         for leaf in packed_weights(module):
             data = gathered(module.get_parameter(leaf).detach())
             if counts:
-                digest.update(f"{name}.{leaf}".encode())
-                digest.update(data.cpu().numpy().data)
-    return digest.hexdigest()
+                label = f"{name}.{leaf}"
+                rows = {label: data} if data.dim() == 1 else {f"{label}[{i}]": row for i, row in enumerate(data)}
+                digests.update({row: packed_digest(packed) for row, packed in rows.items()})
+    return fingerprint_of(digests)
+
+
+def packed_digest(data: Tensor) -> str:
+    """sha256 of the bytes of one packed weight, shape (bytes,), dtype uint8."""
+    return hashlib.sha256(data.cpu().numpy().data).hexdigest()
+
+
+def fingerprint_of(digests: Mapping[str, str]) -> str:
+    """sha256 over the digests of packed weights by name, whatever order they were packed in.
+
+    A weight is called what the model calls it, the one of an expert `...experts.down_proj[3]`.
+    """
+    lines = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def linear_layers(model: nn.Module) -> list[str]:

@@ -49,10 +49,11 @@ class ParamWrapper(DenseParamWrapper):
                 f'"{base.config._experts_implementation}"'
             )
         active = [name for name in self.active_adapters if name in self.lora_A]
-        with experts.updated(base, self.parameter_name, tuple(map(self._update, active))):
+        with experts.updated(base, self.parameter_name, tuple(map(self.update_of, active))):
             return self.base_layer(x, *args, **kwargs)
 
-    def _update(self, adapter: str) -> experts.ExpertsUpdate:
+    def update_of(self, adapter: str) -> experts.ExpertsUpdate:
+        """The update of every expert that one adapter makes."""
         lora_A: Any = self.lora_A[adapter].weight
         lora_B: Any = self.lora_B[adapter].weight
         lora_A_ERI = lora_A.view(self.num_experts, -1, lora_A.shape[1])
@@ -74,7 +75,7 @@ class ParamWrapper(DenseParamWrapper):
         for adapter in check_adapters_to_merge(self, adapter_names) or []:
             if adapter not in self.lora_A:
                 continue
-            update = self._update(adapter)
+            update = self.update_of(adapter)
             for expert in range(self.num_experts):
                 weight = weight_format.dequantize(data[expert], torch.float32)
                 weight = weight + update.scaling * (update.lora_B[expert] @ update.lora_A[expert])

@@ -270,7 +270,9 @@ class QuantuneQuantizer(HfQuantizer):
         if plan is None:
             return weight_conversions
         if plan.adopt:
-            return adopting_conversions(weight_conversions, self, plan)
+            return adopting_conversions(
+                weight_conversions, self, plan, lambda operations: PackExperts(plan, operations)
+            )
         return [_packing_experts(conversion, plan) for conversion in weight_conversions]
 
     def is_serializable(self) -> bool:

@@ -95,14 +95,14 @@ def grow_embeddings(model: PreTrainedModel, additions: Additions) -> None:
             "[model] added_tokens, special_tokens that the vocabulary lacks, and pad_vocabulary_to_multiple_of"
         ) from error
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    _fill_with_mean(embedding.weight, present)
+    fill_with_mean(embedding.weight, present)
     if head is not None and head.weight is not embedding.weight:
-        _fill_with_mean(head.weight, head_rows)
+        fill_with_mean(head.weight, head_rows)
     if getattr(head, "bias", None) is not None:
-        _fill_with_mean(head.bias, head_rows)
+        fill_with_mean(head.bias, head_rows)
 
 
-def _fill_with_mean(weight: Tensor, old: int) -> None:
+def fill_with_mean(weight: Tensor, old: int) -> None:
     """Set the rows from `old` on to the mean of those before them, summed in fp64 so that threads don't change it."""
     total = weight.new_zeros(weight.shape[1:], dtype=torch.float64)
     for start in range(0, old, ROWS_AT_A_TIME):

@@ -55,7 +55,7 @@ def apply_override(document: dict[str, Any], override: str, origins: dict[Path, 
         message = f'"{name.strip()}" is no place in this recipe'
         return [Finding(code="QT003", path=path, message=message, origin=origin)]
     try:
-        node[key] = _value(value.strip())
+        node[key] = toml_value(value.strip())
     except ValueError:
         message = f"expected a TOML value, found {quoted(value.strip())}"
         return [Finding(code="QT003", path=path, message=message, hint="close every bracket and quote", origin=origin)]
@@ -66,7 +66,7 @@ def apply_override(document: dict[str, Any], override: str, origins: dict[Path, 
     return []
 
 
-def _value(text: str) -> Any:
+def toml_value(text: str) -> Any:
     """The text as a TOML value; what is none, or says more than one, is a string.
 
     Raises:

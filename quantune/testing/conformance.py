@@ -10,10 +10,11 @@ from quantune.testing.case import Case, Subject
 from quantune.testing.description_checks import DescriptionChecks
 from quantune.testing.failing import expecting_no_error, require
 from quantune.testing.format_checks import FormatChecks
+from quantune.testing.reader_checks import ReaderChecks
 from quantune.testing.use_checks import UseChecks
 
 
-class BackendConformance(DescriptionChecks, FormatChecks, UseChecks):
+class BackendConformance(DescriptionChecks, FormatChecks, UseChecks, ReaderChecks):
     """Subclass it, name the subclass `Test...`, and give it a fixture `case` that returns a `Case`.
 
     A fixture with `params` checks several formats. `two_ranks = False` leaves out the one slow check (about 10 seconds

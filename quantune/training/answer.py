@@ -10,10 +10,11 @@ import torch
 
 from quantune.data.formats import read_prompt
 from quantune.data.tokenization import prompt_ids
-from quantune.model.adapter import build_initialization, load_adapter
-from quantune.model.base import open_base, skeleton
+from quantune.model.adapter import load_adapter
+from quantune.model.base import open_base
 from quantune.model.device import DTYPES, choose_device, choose_precision
-from quantune.model.load import load_model, packed_fingerprint
+from quantune.model.load import packed_fingerprint
+from quantune.model.trained import load_trained_base
 from quantune.recipe.schema import Recipe
 from quantune.training.evaluate import generate
 
@@ -41,17 +42,13 @@ def answer(
     config = recipe.model if trained_here else attrs.evolve(recipe.model, attn_implementation="auto")  # a GPU's, say
     base = open_base(config, recipe.quantization, allow_remote_code=allow_remote_code)
     dtype = DTYPES[choose_precision(recipe.training.precision if trained_here else "auto", device)]
-    split = None
-    if adapter is not None:
-        split = build_initialization(skeleton(base), recipe.adapter, seed=recipe.training.seed)
-    trained_in = recipe.training.precision
-    model = load_model(
+    model = load_trained_base(
         base,
-        base.quantization,
+        None if adapter is None else recipe.adapter,
+        seed=recipe.training.seed,
+        precision=recipe.training.precision,
         compute_dtype=dtype,
         device=device,
-        initialization=split,
-        pack_dtype=None if trained_in == "auto" else DTYPES[trained_in],
     )
     if packed is not None and adapter is not None and packed_fingerprint(model) != packed:
         warn("the base packs to other bytes on this machine than it was trained on; answers may differ slightly")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import time
 from collections.abc import Callable, Collection
@@ -220,7 +221,7 @@ def _train(
             saved = f"stopped after step {progress.step} and saved; --resume goes on from there"
             raise InterruptedRun(saved if progress.step else BEFORE_THE_FIRST_STEP)
     process.beat("writing the adapter", LOADING_PATIENCE)
-    _publish_adapter(built.model, base, folder, world)
+    _publish_adapter(built.model, base, folder, world, to_toml(recipe), _manifest(built, data, identity))
     recorder.ended("finished", progress.step)
     return RunResult(
         folder=folder.path,
@@ -330,7 +331,9 @@ def _evaluated(folder: RunFolder, step: int) -> bool:
     return any(row["event"] == "evaluation" and row["step"] == step for row in folder.metrics.rows())
 
 
-def _publish_adapter(model: PeftModel, base: Base, folder: RunFolder, world: World) -> None:
+def _publish_adapter(
+    model: PeftModel, base: Base, folder: RunFolder, world: World, recipe: str, manifest: dict[str, Any]
+) -> None:
     whole = adapter.whole_state(model)
     if not world.main:
         return
@@ -338,6 +341,10 @@ def _publish_adapter(model: PeftModel, base: Base, folder: RunFolder, world: Wor
     def write(path: Path) -> None:
         adapter.save_adapter(model, path, whole)
         base.tokenizer.save_pretrained(path)  # with the tokens that were added: whoever loads the adapter needs them
+        (path / adapter.RECIPE).write_text(
+            recipe, encoding="utf-8"
+        )  # an adapter that is carried off says what it belongs to
+        (path / adapter.ORIGIN).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
     # replaced: an attempt may have died between writing the adapter and saying that it was finished
     write_committed(folder.path, folder.adapter.name, write, replace=True)

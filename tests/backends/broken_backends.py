@@ -24,6 +24,7 @@ from quantune_tiny.formats import TinyBackend
 from quantune.backends.backend import Backend
 from quantune.backends.description import BackendDescription, Probe
 from quantune.backends.layout import PackedWeight, TensorSpec
+from quantune.backends.readers import Reader
 from quantune.errors import QuantizationError
 from quantune.testing import BackendConformance, Case
 
@@ -88,6 +89,8 @@ MERGE = "merging_adds_in_fp32_and_rounds_once"
 MERGE_NOTHING = "merging_nothing_changes_nothing"
 ADOPT = "exported_tensors_are_adopted_bit_for_bit"
 REFUSE = "tensors_that_do_not_fit_are_refused"
+READER = "a_checkpoint_for_its_reader_holds_what_is_exported"
+CONFIG = "a_checkpoint_says_what_its_weights_are"
 SAVED = "saved_bytes_mean_the_same_after_loading"
 RESUME = "a_layer_resumes_from_its_state"
 LAYER = "a_layer_equals_a_dense_one_on_the_dequantized_weight"
@@ -434,6 +437,40 @@ class AdoptsWhateverCanBeCast(TinyBackend):
 class AdoptsWithoutLooking(TinyBackend):
     def adopt(self, tensors, shape, options):
         return {"codes": tensors["weight"], "scales": tensors["weight_scale"]}
+
+
+# Readers --------------------------------------------------------------------------------------------------------------
+
+
+class TinyReader(Reader):
+    library = "transformers with tiny"
+
+    def quantization_config(self, kept, dtype):
+        return {"quant_method": "tiny", "modules_to_not_convert": list(kept)}
+
+    def tensors(self, name, packed):
+        return {name.removesuffix("weight") + part: tensor for part, tensor in self.backend.export(packed).items()}
+
+
+@backend(READER, says="of which 1 are those of export, which has 2")
+class StoresItsScalesInBf16(TinyBackend):
+    def reader(self, options, activation_dtype=None):
+        class Lossy(TinyReader):
+            def tensors(self, name, packed):
+                tensors = super().tensors(name, packed)
+                return {key: tensor.bfloat16() if "scale" in key else tensor for key, tensor in tensors.items()}
+
+        return Lossy(backend=self, options=options)
+
+
+@backend(CONFIG, says="does not mention model.layers.0.mlp.gate")
+class ForgetsWhatIsKept(TinyBackend):
+    def reader(self, options, activation_dtype=None):
+        class Forgetful(TinyReader):
+            def quantization_config(self, kept, dtype):
+                return {"quant_method": "tiny"}
+
+        return Forgetful(backend=self, options=options)
 
 
 # Descriptions ---------------------------------------------------------------------------------------------------------

@@ -140,7 +140,11 @@ def test_scales_of_another_grid_are_refused_by_name(deepseek_fp8, tmp_path):
     [
         ({"quant_method": "mxfp4"}, {"backend": "bnb"}, r'asks for backend = "bnb"; drop \[quantization\] .* as it is'),
         ({"quant_method": "gptq"}, {"backend": "mxfp4"}, r"asks for .*; choose the unquantized base"),
-        ({"quant_method": "awq"}, None, "quantune can't train on that: .* takes over mxfp4 and fp8; choose"),
+        (
+            {"quant_method": "awq"},
+            None,
+            "quantune can't train on that: .* formats of bnb, torchao, mxfp4 and fp8; choose",
+        ),
     ],
 )
 def test_a_checkpoint_in_another_format_is_refused_with_the_way_out(stored, plan, message):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
@@ -47,6 +47,31 @@ class BnbOptions:
             double_quant=True if self.double_quant is None else self.double_quant,
         )
 
+    def checkpoint_problem(self, quantization_config: Mapping[str, Any]) -> str | None:
+        """What of a checkpoint's own quantization does not fit: another dtype, or scales stored in another way."""
+        stored = self.of_checkpoint(quantization_config)
+        if stored is None:
+            return "its config.json does not say nf4, fp4 or int8 as bitsandbytes' layers have them"
+        if stored.weight_dtype != self.weight_dtype:
+            return f'it holds {stored.weight_dtype}, where the recipe has weight_dtype = "{self.weight_dtype}"'
+        if stored.double_quant != self.resolved().double_quant:
+            said = str(stored.double_quant).lower()
+            return f"its double_quant is {said}, which the recipe must say: double_quant = {said}"
+        return None
+
+    @classmethod
+    def of_checkpoint(cls, quantization_config: Mapping[str, Any]) -> BnbOptions | None:
+        """The options that a checkpoint was quantized with, as transformers' `BitsAndBytesConfig` says them, blocks of
+        64 weights being the only ones it writes; None for what it does not say."""
+        if quantization_config.get("load_in_8bit"):
+            return cls(weight_dtype="int8")
+        weight_dtype = quantization_config.get("bnb_4bit_quant_type", "fp4")
+        storage = quantization_config.get("bnb_4bit_quant_storage", "uint8")
+        if not quantization_config.get("load_in_4bit") or weight_dtype not in ("nf4", "fp4") or storage != "uint8":
+            return None
+        double_quant = bool(quantization_config.get("bnb_4bit_use_double_quant", False))
+        return cls(weight_dtype=weight_dtype, block_size=DEFAULT_BLOCK_SIZE, double_quant=double_quant)
+
 
 def _probe() -> Probe:
     return probe_package(
@@ -65,6 +90,7 @@ description = BackendDescription(
     summary="bitsandbytes: 4-bit NF4 and FP4 in blocks, int8 by rows",
     weight_dtypes=("nf4", "fp4", "int8"),
     bits_per_weight={"nf4": 4.127, "fp4": 4.127, "int8": 8.008},
+    adopts=("bitsandbytes",),
     options=BnbOptions,
     probe=_probe,
     load=_load,

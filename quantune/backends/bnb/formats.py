@@ -9,9 +9,11 @@ int8       one byte a weight and one fp32 absmax per row: w = q * absmax / 127
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import torch
@@ -20,7 +22,10 @@ from torch import Tensor
 from quantune.backends import kernels
 from quantune.backends.backend import Backend
 from quantune.backends.bnb import BnbOptions
+from quantune.backends.bnb.reader import BnbReader
 from quantune.backends.layout import PackedLayout, PackedWeight, TensorSpec
+from quantune.backends.readers import dtype_name
+from quantune.errors import QuantizationError
 
 NESTED_BLOCK_SIZE = 256
 """Scales that share one scale under double quantization; fixed in bitsandbytes."""
@@ -28,6 +33,11 @@ INT8_STEP = 1 / 127
 SMALLEST_ABSMAX = 2.0**-120
 ZERO_NF4 = 0x77
 """Two codes of nf4's zero."""
+ROW_FORMAT = 0
+"""What checkpoints call int8 codes that lie in the order of the weight."""
+STATE = "quant_state.bitsandbytes__"
+FOUR_BIT_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", f"{STATE}nf4", f"{STATE}fp4")
+"""The tensors that a checkpoint may hold beside the codes of a 4-bit weight."""
 
 
 class BnbBackend(Backend):
@@ -100,6 +110,97 @@ class BnbBackend(Backend):
         return torch.ops.bitsandbytes.dequantize_4bit(
             views["codes"], absmax, options.block_size, options.weight_dtype, flat, dtype
         ).view(packed.layout.shape)
+
+    def export(self, packed: PackedWeight) -> dict[str, Tensor]:
+        """As bitsandbytes' `Linear4bit` and `Linear8bitLt` save a weight."""
+        options: BnbOptions = packed.layout.options  # type: ignore[assignment]  # the layout is backend-agnostic
+        options = options.resolved()
+        views = packed.views()
+        if options.weight_dtype == "int8":
+            row_format = torch.tensor(ROW_FORMAT, dtype=torch.uint8)
+            return {"weight": views["codes"], "SCB": views["absmax"], "weight_format": row_format}
+        state: dict[str, Any] = {
+            "quant_type": options.weight_dtype,
+            "blocksize": options.block_size,
+            "dtype": dtype_name(packed.layout.dtype),
+            "shape": list(packed.layout.shape),
+        }
+        exported = {
+            "weight": views["codes"][:, None],
+            "absmax": views["absmax"],
+            "quant_map": bnb.get_4bit_type(options.weight_dtype, device=packed.data.device),
+        }
+        if options.double_quant:
+            exported["nested_absmax"] = views["nested_absmax"]
+            exported["nested_quant_map"] = _dynamic_map(packed.data.device)
+            state["nested_blocksize"] = NESTED_BLOCK_SIZE
+            state["nested_dtype"] = "float32"
+            state["nested_offset"] = views["nested_offset"].item()
+        text = json.dumps(state).encode()
+        exported[f"{STATE}{options.weight_dtype}"] = torch.tensor(list(text), dtype=torch.uint8)
+        return exported
+
+    def adopt(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], options: BnbOptions) -> Mapping[str, Tensor]:
+        options = options.resolved()
+        expected = {name for name, _ in _stored(options)}
+        if tensors.keys() != expected:
+            raise QuantizationError(f"expected the tensors {sorted(expected)}, found {sorted(tensors)}")
+        for name, constant in _stored(options):
+            tensor = tensors[name]
+            if constant is not None and not (tensor.dtype == constant.dtype and torch.equal(tensor.cpu(), constant)):
+                raise QuantizationError(f"expected {name} as bitsandbytes has it, found other values")
+        if options.weight_dtype == "int8":
+            return {"codes": tensors["weight"], "absmax": tensors["SCB"]}
+        state = _read_state(tensors[f"{STATE}{options.weight_dtype}"])
+        found = {key: state.get(key) for key in ("blocksize", "shape")}
+        if found != {"blocksize": options.block_size, "shape": list(shape)}:
+            raise QuantizationError(
+                f"expected blocks of {options.block_size} and the shape {list(shape)}, found {found}"
+            )
+        inner = {"codes": tensors["weight"].reshape(-1), "absmax": tensors["absmax"]}
+        if options.double_quant:
+            offset = state.get("nested_offset")
+            if not isinstance(offset, float) or state.get("nested_blocksize") != NESTED_BLOCK_SIZE:
+                raise QuantizationError(
+                    f"expected scales in blocks of {NESTED_BLOCK_SIZE} and their mean, found {state}"
+                )
+            inner["nested_absmax"] = tensors["nested_absmax"]
+            inner["nested_offset"] = torch.tensor([offset], device=inner["codes"].device)
+        return inner
+
+    def checkpoint_names(self, parameter: str) -> Mapping[str, str]:
+        module = parameter.removesuffix("weight")
+        names = {part: f"{parameter}.{part}" for part in FOUR_BIT_PARTS}
+        return {"weight": parameter, **names, "SCB": f"{module}SCB", "weight_format": f"{module}weight_format"}
+
+    def stored_names(self, parameter: str, options: BnbOptions) -> Mapping[str, str]:
+        names = self.checkpoint_names(parameter)
+        return {part: names[part] for part, _ in _stored(options.resolved())}
+
+    def reader(self, options: BnbOptions, activation_dtype: str | None = None) -> BnbReader:
+        return BnbReader(backend=self, options=options.resolved())
+
+
+def _stored(options: BnbOptions) -> list[tuple[str, Tensor | None]]:
+    """The tensors that a checkpoint stores for a weight, with their values where they are constants of the format."""
+    if options.weight_dtype == "int8":
+        return [("weight", None), ("SCB", None), ("weight_format", torch.tensor(ROW_FORMAT, dtype=torch.uint8))]
+    code_book = bnb.get_4bit_type(options.weight_dtype, device="cpu")
+    stored = [("weight", None), ("absmax", None), ("quant_map", code_book), (f"{STATE}{options.weight_dtype}", None)]
+    if options.double_quant:
+        stored += [("nested_absmax", None), ("nested_quant_map", _dynamic_map(torch.device("cpu")))]
+    return stored
+
+
+def _read_state(state: Tensor) -> dict[str, Any]:
+    """What a 4-bit weight's checkpoint says of it beside tensors, JSON as bytes."""
+    try:
+        document = json.loads(bytes(state.tolist())) if state.dtype == torch.uint8 else None
+    except ValueError:
+        document = None
+    if not isinstance(document, dict):
+        raise QuantizationError("expected bitsandbytes' quant_state as JSON in uint8, found something else")
+    return document
 
 
 def _write_zeros(codes: Tensor, weight: Tensor, block_size: int) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from quantune.backends import kernels
 from quantune.backends.backend import Backend
 from quantune.backends.fp8 import Fp8Options
+from quantune.backends.fp8.reader import Fp8Reader
 from quantune.backends.layout import PackedLayout, PackedWeight, TensorSpec
 from quantune.errors import QuantizationError
 
@@ -98,6 +99,9 @@ class Fp8Backend(Backend):
 
     def checkpoint_names(self, parameter: str) -> Mapping[str, str]:
         return {"weight": parameter, "weight_scale_inv": f"{parameter}_scale_inv"}
+
+    def reader(self, options: Fp8Options, activation_dtype: str | None = None) -> Fp8Reader:
+        return Fp8Reader(backend=self, options=options)
 
     def stack_rows(self, parts: Sequence[Mapping[str, Tensor]], options: Fp8Options) -> Mapping[str, Tensor]:
         block_rows = options.block_size[0]

@@ -20,6 +20,7 @@ from quantune.backends import kernels
 from quantune.backends.backend import Backend
 from quantune.backends.layout import PackedLayout, PackedWeight, TensorSpec
 from quantune.backends.mxfp4 import Mxfp4Options
+from quantune.backends.mxfp4.reader import Mxfp4Reader
 from quantune.errors import QuantizationError
 
 BLOCK = 32
@@ -89,6 +90,9 @@ class Mxfp4Backend(Backend):
 
     def checkpoint_names(self, parameter: str) -> Mapping[str, str]:
         return {"blocks": f"{parameter}_blocks", "scales": f"{parameter}_scales"}
+
+    def reader(self, options: Mxfp4Options, activation_dtype: str | None = None) -> Mxfp4Reader:
+        return Mxfp4Reader(backend=self, options=options)
 
     def stack_rows(self, parts: Sequence[Mapping[str, Tensor]], options: Mxfp4Options) -> Mapping[str, Tensor]:
         return {name: torch.cat([part[name] for part in parts]) for name in ("blocks", "scales")}

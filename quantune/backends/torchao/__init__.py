@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
@@ -62,12 +62,67 @@ class TorchaoOptions:
             else None,
         )
 
+    def checkpoint_problem(self, quantization_config: Mapping[str, Any]) -> str | None:
+        """What of a checkpoint's own quantization does not fit: another dtype, or groups of another size."""
+        stored = self.of_checkpoint(quantization_config)
+        if stored is None:
+            return "its config.json does not say int8, fp8, int4 or nvfp4 as quantune has them"
+        if stored.resolved() != self.resolved():
+            return f"it holds {_in_words(stored)}, where the recipe has {_in_words(self)}"
+        return None
+
+    @classmethod
+    def of_checkpoint(cls, quantization_config: Mapping[str, Any]) -> TorchaoOptions | None:
+        """The options that a checkpoint was quantized with, as transformers' `TorchAoConfig` says them; None for those
+        of torchao's that quantune has not. What it does to activations is left out."""
+        types = quantization_config.get("quant_type")
+        described = types.get("default") if isinstance(types, Mapping) else None
+        if not isinstance(described, Mapping) or not isinstance(described.get("_data", {}), Mapping):
+            return None
+        kind, data = described.get("_type"), described.get("_data", {})
+        if kind in ("Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"):
+            granularity = _granularity(data)
+            if granularity in (None, "PerRow"):
+                return cls(weight_dtype="int8")
+            return cls(weight_dtype="int8", group_size=granularity) if isinstance(granularity, int) else None
+        if kind == "Float8WeightOnlyConfig" and _granularity(data) in (None, "PerRow"):
+            return cls(weight_dtype="fp8")
+        if kind == "Float8DynamicActivationFloat8WeightConfig" and _granularity(data) == "PerRow":
+            return cls(weight_dtype="fp8")
+        if kind == "Int4WeightOnlyConfig" and _name(data.get("int4_packing_format")) in (None, "PLAIN"):
+            return cls(weight_dtype="int4", group_size=data.get("group_size"))
+        if kind in ("NVFP4WeightOnlyConfig", "NVFP4DynamicActivationNVFP4WeightConfig"):
+            return cls(weight_dtype="nvfp4") if data.get("use_dynamic_per_tensor_scale", True) else None
+        return None
+
     @staticmethod
     def hint(key: str, value: object) -> str | None:
         """What to write instead of a value that is refused."""
         if key == "weight_dtype" and value == "mxfp4":
             return 'mxfp4 is a backend of its own: backend = "mxfp4", without weight_dtype'
         return None
+
+
+def _granularity(data: Mapping[str, Any]) -> str | int | None:
+    """Which weights share a scale: the name of torchao's class, or the size of the groups; None by default."""
+    said = data.get("granularity")
+    if isinstance(said, list) and said:
+        said = said[-1]  # the first is that of the activations
+    if not isinstance(said, Mapping):
+        return None
+    inner = said.get("_data")
+    size = inner.get("group_size") if isinstance(inner, Mapping) else None
+    return size if isinstance(size, int) else str(said.get("_type"))
+
+
+def _name(value: Any) -> Any:
+    """The name of a member of an enumeration, as torchao writes it."""
+    return value.get("_data") if isinstance(value, Mapping) else value
+
+
+def _in_words(options: TorchaoOptions) -> str:
+    size = options.resolved().group_size
+    return options.weight_dtype + ("" if size is None else f" with group_size = {size}")
 
 
 def _load() -> Backend:
@@ -81,6 +136,8 @@ description = BackendDescription(
     summary="torchao's formats: int4 in groups, NF4, NVFP4, int8, fp8 by rows",
     weight_dtypes=("int4", "nf4", "nvfp4", "int8", "fp8"),
     bits_per_weight={"int4": 4.25, "nf4": 4.127, "nvfp4": 4.5, "int8": 8.008, "fp8": 8.008},
+    adopts=("torchao",),
+    activation_dtypes={"int8": ("int8",), "fp8": ("fp8",)},
     options=TorchaoOptions,
     probe=lambda: Probe(available=True, devices=("cpu", "cuda")),
     load=_load,

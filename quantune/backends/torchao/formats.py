@@ -30,6 +30,15 @@ from quantune.backends import kernels
 from quantune.backends.backend import Backend
 from quantune.backends.layout import PackedLayout, PackedWeight, TensorSpec
 from quantune.backends.torchao import INT4_GROUP_SIZES, TorchaoOptions
+from quantune.backends.torchao.reader import (
+    PARTS,
+    STORED,
+    TorchaoReader,
+    stored_name,
+    swizzled,
+    swizzled_shape,
+    unswizzled,
+)
 from quantune.errors import QuantizationError
 
 Views = Mapping[str, Tensor]
@@ -73,6 +82,62 @@ class TorchaoBackend(Backend):
 
     def fills_out(self, layout: PackedLayout, dtype: torch.dtype) -> bool:
         return True
+
+    def export(self, packed: PackedWeight) -> dict[str, Tensor]:
+        """The tensors as torchao's own tensor classes hold them; those of nf4, which it can't save, as they are."""
+        options: TorchaoOptions = packed.layout.options  # type: ignore[assignment]  # the layout is backend-agnostic
+        views = packed.views()
+        if options.weight_dtype == "int8":
+            return {**views, "zero_point": torch.zeros_like(views["scale"], dtype=torch.int8)}
+        if options.weight_dtype == "nvfp4":
+            scale, tensor_scale = swizzled(views["scale"]), views["per_tensor_scale"].view(())
+            return {"qdata": views["qdata"], "scale": scale, "per_tensor_scale": tensor_scale}
+        return views
+
+    def adopt(
+        self, tensors: Mapping[str, Tensor], shape: tuple[int, int], options: TorchaoOptions
+    ) -> Mapping[str, Tensor]:
+        if options.weight_dtype == "int8":
+            zeros = tensors.get("zero_point")
+            if zeros is None or zeros.dtype != torch.int8 or zeros.shape != _shape(tensors, "scale") or zeros.any():
+                raise QuantizationError(
+                    "expected a zero_point of zeros for every scale (symmetric int8), found another"
+                )
+            return {name: tensor for name, tensor in tensors.items() if name != "zero_point"}
+        if options.weight_dtype == "nvfp4":
+            if tensors.keys() != {"qdata", "scale", "per_tensor_scale"}:
+                raise QuantizationError(f"expected qdata, scale and per_tensor_scale, found {sorted(tensors)}")
+            ordered = (shape[0], shape[1] // Nvfp4.GROUP_SIZE)
+            expected = swizzled_shape(ordered)
+            found = tuple(tensors["scale"].shape)
+            if found != expected or tensors["per_tensor_scale"].shape != ():
+                raise QuantizationError(f"expected scales of {expected} and one for all of them, found {found}")
+            scale = unswizzled(tensors["scale"], ordered)
+            return {**tensors, "scale": scale, "per_tensor_scale": tensors["per_tensor_scale"].view(1)}
+        return tensors
+
+    def checkpoint_names(self, parameter: str) -> Mapping[str, str]:
+        return {part: stored_name(parameter, part) for part in PARTS}
+
+    def stored_names(self, parameter: str, options: TorchaoOptions) -> Mapping[str, str]:
+        return {part: stored_name(parameter, part) for part in STORED.get(options.weight_dtype, PARTS)}
+
+    def reader(self, options: TorchaoOptions, activation_dtype: str | None = None) -> TorchaoReader:
+        if options.weight_dtype == "nf4":
+            raise QuantizationError(
+                "torchao can't save its nf4, so no library reads it; bitsandbytes' nf4 is read by transformers "
+                '(backend = "bnb")'
+            )
+        if activation_dtype is not None and options.group_size is not None:
+            raise QuantizationError(
+                f"torchao multiplies {options.weight_dtype} weights by {activation_dtype} activations with one scale "
+                "per row only; leave group_size out"
+            )
+        return TorchaoReader(backend=self, options=options.resolved(), activation_dtype=activation_dtype)
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
+    return tensors[name].shape if name in tensors else None
 
 
 class Int4:

@@ -1,0 +1,258 @@
+"""`quantune merge`: base and adapter into one checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+from enum import Enum
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated
+
+import attrs
+import typer
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from quantune.cli.console import err, out, quiet_libraries, size, warning
+from quantune.cli.merge_figures import print_verification, print_ways
+from quantune.cli.recipes import open_recipe
+from quantune.errors import InputError
+
+if TYPE_CHECKING:
+    from quantune.merge.request import MergeResult, Setting
+    from quantune.merge.trained import TrainedAdapter
+    from quantune.recipe.schema import Recipe
+
+
+class Onto(str, Enum):
+    """The values of `--onto`."""
+
+    dequantized = "dequantized"
+    original = "original"
+    packed = "packed"
+
+
+class Dtype(str, Enum):
+    """The values of `--dtype`."""
+
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Device(str, Enum):
+    """The values of `--device`."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+def merge(
+    trained: Annotated[
+        Path | None, typer.Argument(metavar="RUN_OR_ADAPTER", help="The folder of a run, or of an adapter.")
+    ] = None,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--adapter", metavar="FOLDER[:WEIGHT]", help="One of several adapters to add up, e.g. --adapter runs/a:0.7."
+        ),
+    ] = None,
+    out_folder: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="A new folder; by default `merged` in the run's.")
+    ] = None,
+    onto: Annotated[
+        Onto,
+        typer.Option(
+            "--onto",
+            help="dequantized: the base as it was trained on, exactly. original: the unquantized base, which is an "
+            "approximation. packed: packed again in the same format.",
+        ),
+    ] = Onto.dequantized,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="What the weights are written in; by default what the base has.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option("--max-shard-size", metavar="SIZE", help="E.g. 5GB; by default files like the base's.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="MODEL", help="Where the base is, if not where it was trained on.")
+    ] = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="How the adapter was trained, where its folder does not say."),
+    ] = None,
+    device: Annotated[Device, typer.Option("--device", help="Where to pack and add.")] = Device.auto,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Compare the merged model with base and adapter; by default where it fits into half of what memory is "
+            "free.",
+        ),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Merge in every way, print what each keeps, and write nothing.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Merge although the base is another one.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Take the place of an earlier merge.")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Allow code that comes with the base to run.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Merge an adapter into its base, as a checkpoint that transformers loads."""
+    named = _named(trained, adapters)
+    with ConsoleObserver(quiet=as_json) as observer:
+        observer.phase("importing torch and transformers")
+        quiet_libraries()
+        from quantune.merge.merge import merge
+        from quantune.merge.request import WRITTEN_IN, MergeRequest
+        from quantune.merge.trained import find_adapter
+        from quantune.model.device import choose_device
+
+        found = tuple(find_adapter(folder) for folder, _ in named)
+        base = None if base is None else os.path.abspath(base) if os.path.isdir(base) else base
+        recipes = _recipes(found, base, recipe)
+        request = MergeRequest(
+            adapters=found,
+            weights=tuple(weight for _, weight in named),
+            setting=_setting(found, recipes, base),
+            recipe=recipes[0],
+            out=out_folder or _beside(found, compare),
+            onto=onto.value,
+            dtype=None if dtype is None else WRITTEN_IN[dtype.value],
+            max_shard_size=max_shard_size,
+            force=force,
+            overwrite=overwrite,
+            verify=verify,
+            trust_remote_code=trust_remote_code,
+        )
+        where = choose_device(device.value)
+        if compare:
+            from quantune.merge.ways import compare_ways
+
+            ways = compare_ways(request, where, observer)
+        else:
+            result = merge(request, where, observer)
+    if as_json:
+        found_out = attrs.asdict(ways) if compare else attrs.asdict(result)
+        out.print_json(json.dumps(found_out, default=str))
+    elif compare:
+        print_ways(ways)
+    else:
+        print_result(result, onto.value)
+
+
+def print_result(result: MergeResult, onto: str) -> None:
+    """What was merged, on standard output."""
+    parts = [f"{result.merged} weights merged"]
+    if result.dequantized:
+        parts.append(f"{result.dequantized} dequantized as they were trained on")
+    parts.append(f"{result.kept} tensors as they were")
+    out.print(f"[bold]{escape(str(result.folder))}[/]  {size(result.nbytes)} in {result.seconds:.1f} s")
+    out.print(f"{', '.join(parts)}; {result.dtype}, onto the {onto} base")
+    if result.verification is not None:
+        print_verification(result.verification, exact=onto == "dequantized")
+
+
+class ConsoleObserver:
+    """Shows a merge on standard error: a progress bar for a person, a line a phase otherwise."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+            console=err,
+            transient=True,
+            disable=quiet or not err.is_terminal,
+        )
+        self.task = self.bar.add_task("starting", total=None)
+
+    def __enter__(self) -> ConsoleObserver:
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def phase(self, text: str) -> None:
+        self.bar.update(self.task, description=escape(text))
+        if not self.quiet and not err.is_terminal:
+            err.print(f"[dim]{escape(text)}[/]")
+
+    def begin(self, nbytes: int) -> None:
+        self.bar.update(self.task, total=nbytes)
+
+    def wrote(self, nbytes: int) -> None:
+        self.bar.advance(self.task, nbytes)
+
+    def warning(self, text: str) -> None:
+        warning(text)
+
+
+def _named(trained: Path | None, adapters: list[str] | None) -> list[tuple[Path, float]]:
+    """The folders that were named, and what each update is multiplied with."""
+    if (trained is None) == (not adapters):
+        raise InputError(
+            "expected the folder of a run or of an adapter, or --adapter once or more; give one of the two"
+        )
+    return [(trained, 1.0)] if trained is not None else [_weighted(text) for text in adapters or ()]
+
+
+def _weighted(text: str) -> tuple[Path, float]:
+    folder, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(folder), float(weight)
+    except ValueError:
+        raise InputError(f"--adapter: expected FOLDER:WEIGHT with a number, e.g. runs/a:0.7, found {text}") from None
+
+
+def _recipes(adapters: tuple[TrainedAdapter, ...], base: str | None, recipe: Path | None) -> tuple[Recipe | None, ...]:
+    """How each adapter was trained, None where nobody says."""
+    overrides = () if base is None else (f"model.base={json.dumps(base)}",)
+    sources = [recipe or adapter.recipe for adapter in adapters]
+    return tuple(None if source is None else open_recipe(source, overrides, data=False) for source in sources)
+
+
+def _setting(adapters: tuple[TrainedAdapter, ...], recipes: tuple[Recipe | None, ...], base: str | None) -> Setting:
+    """What the adapters were trained on, which is one thing for all of them."""
+    from quantune.merge.request import Setting, require_one_setting
+
+    settings = []
+    for adapter, recipe in zip(adapters, recipes, strict=True):
+        if recipe is not None:
+            settings.append(Setting.of(recipe))
+        else:
+            settings.append(Setting.of_another_tool(adapter, base))
+            warning(
+                f"the adapter in {adapter.folder} does not say how its base was quantized: it is merged onto the base "
+                "as it is. --recipe FILE says otherwise"
+            )
+    return require_one_setting(settings)
+
+
+def _beside(adapters: tuple[TrainedAdapter, ...], compare: bool) -> Path:
+    if compare:
+        return (adapters[0].run or adapters[0].folder) / "merged"
+    if len(adapters) == 1 and adapters[0].run is not None:
+        return adapters[0].run / "merged"
+    raise InputError("expected --out DIR: only the merge of one run has a place of its own")

@@ -1,0 +1,1 @@
+"""Base and adapter into one checkpoint, verified and compared."""

@@ -1,0 +1,170 @@
+"""From an adapter and its base to a merged checkpoint, told in order."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from quantune.checkpoint.fingerprint import environment
+from quantune.checkpoint.run_folder import PACKED
+from quantune.merge.companions import write_companions
+from quantune.merge.opening import Opened, head_unit, open_merge, require_onto, require_places
+from quantune.merge.packed import pack_into, plan_packed
+from quantune.merge.request import MergeRequest, MergeResult, Observer
+from quantune.merge.trial import try_merged
+from quantune.merge.verify import Verification
+from quantune.merge.weights import BaseWeights, MergeJob, main_dtype, vocabulary_weights
+from quantune.model.load import fingerprint_of
+from quantune.model.vocabulary import Additions
+from quantune.streaming.adopted import AdoptedSource, adopted
+from quantune.streaming.mapping import units
+from quantune.streaming.output import disk_errors, open_output, require_free
+from quantune.streaming.rewrite import rewrite
+from quantune.streaming.source import Source, open_source
+
+REPORT = "merge.json"
+"""In a merged folder: what it was made of."""
+Try = Callable[[Path, torch.dtype], Verification | None]
+"""Compares the model in a folder, its weights in a dtype, with base and adapter; raises where it is another one."""
+
+
+def merge(request: MergeRequest, device: torch.device, observer: Observer) -> MergeResult:
+    """Write base and adapters as one checkpoint.
+
+    Args:
+        device: where weights are packed and added.
+
+    Raises:
+        InputError: the adapter, the base or the folder can't be used, or they don't belong together.
+        VerificationError: the merged model answers otherwise than base and adapter; nothing is under its name.
+        QuantuneError: see `quantune.errors`.
+    """
+    require_free(request.out, REPORT, overwrite=request.overwrite)
+    opened = open_merge(request, device, observer)
+
+    def trial(folder: Path, dtype: torch.dtype) -> Verification | None:
+        return try_merged(opened, request, folder, dtype, observer)
+
+    return write(opened, request, observer, trial)
+
+
+def write(opened: Opened, request: MergeRequest, observer: Observer, trial: Try | None = None) -> MergeResult:
+    """Write what was opened; `trial` is given the folder before it has its name.
+
+    Raises:
+        InputError: the folder exists, or there is nothing to merge onto in this way.
+        QuantuneError: see `quantune.errors`.
+    """
+    begun = time.perf_counter()
+    require_onto(opened, request.onto)
+    identity = _identity(opened, request)
+    with (
+        open_output(request.out, report=REPORT, identity=identity, overwrite=request.overwrite) as output,
+        open_source(opened.folder) as stored,
+    ):
+        if output.resumed:
+            observer.warning(f"going on with {output.partial.name}: {len(output.complete)} files of it are complete")
+        job = _job(opened, request, stored)
+        found = units(opened.model, job.source.specs)
+        require_places(opened, found)
+        packing = plan_packed(opened, found, job.source, job.main_dtype) if request.onto == "packed" else None
+        if opened.untied:
+            found.append(head_unit(found, opened.model))
+        observer.phase("merging")
+        written = pack_into(job, packing, found) if packing is not None else job
+        nbytes = rewrite(job.source, found, written, output, observer, max_shard_size=request.max_shard_size)
+        if request.onto == "dequantized" and opened.base.stored is None:
+            _compare_packed(request, job.notes, observer)
+        dtype = request.dtype or job.main_dtype
+        with disk_errors(output.target):
+            write_companions(
+                output.partial,
+                opened.base,
+                opened.folder,
+                opened.setting.model,
+                opened.model,
+                dtype=dtype,
+                untied=opened.untied,
+                quantization_config=None
+                if packing is None
+                else packing.reader.quantization_config(packing.kept, dtype),
+            )
+        result = MergeResult(
+            folder=request.out,
+            merged=len(opened.update.names()),
+            dequantized=len(job.base.packed - opened.update.names()) if request.onto == "dequantized" else 0,
+            packed=len(packing.parts) if packing is not None else 0,
+            kept=sum(not any(job.touches(name, unit) for name in unit.parameters) for unit in found),
+            nbytes=nbytes,
+            seconds=time.perf_counter() - begun,
+            dtype=str(dtype).removeprefix("torch."),
+            verification=None if trial is None else trial(output.partial, dtype),
+        )
+        with disk_errors(output.target):
+            (output.partial / REPORT).write_text(_report(result, request, identity), encoding="utf-8")
+            output.publish()
+    return result
+
+
+def _job(opened: Opened, request: MergeRequest, stored: Source) -> MergeJob:
+    source = stored
+    if opened.base.stored is not None and opened.plan is not None:
+        source = adopted(stored, opened.model, opened.plan)
+    return MergeJob(
+        source=source,
+        base=BaseWeights.of(opened.model, opened.plan, opened.initialization, opened.dtype, opened.device),
+        update=opened.update,
+        changed=opened.update.names(),
+        onto=request.onto,
+        vocabulary=frozenset() if opened.base.additions == Additions() else vocabulary_weights(opened.model),
+        dtype=request.dtype,
+        main_dtype=main_dtype(stored),
+        quantized=frozenset(source.packed) if isinstance(source, AdoptedSource) else frozenset(),
+    )
+
+
+def _identity(opened: Opened, request: MergeRequest) -> dict[str, Any]:
+    """What must be the same for another process to go on."""
+    files = sorted(opened.folder.glob("*.safetensors"))
+    quantization = opened.base.quantization
+    return {
+        "adapters": {
+            f"{adapter.folder} times {weight:g}": adapter.digest()
+            for adapter, weight in zip(request.adapters, request.weights, strict=True)
+        },
+        "base": opened.base.source,
+        "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
+        "quantization": None if quantization is None else attrs.asdict(quantization),
+        "model": attrs.asdict(opened.setting.model),
+        "onto": request.onto,
+        "dtype": str(request.dtype),
+        "max_shard_size": request.max_shard_size,
+        "versions": environment()["versions"],
+    }
+
+
+def _compare_packed(request: MergeRequest, digests: Mapping[str, str], observer: Observer) -> None:
+    """Warn where the base packs to other bytes than those that were trained on."""
+    then = {adapter.fingerprints.get(PACKED) for adapter in request.adapters} - {None}
+    if digests and then and then != {fingerprint_of(digests)}:
+        observer.warning(
+            "the base packs to other bytes on this machine than it was trained on; the merged model may differ slightly"
+        )
+
+
+def _report(result: MergeResult, request: MergeRequest, identity: Mapping[str, Any]) -> str:
+    document = {
+        **{key: identity[key] for key in ("adapters", "base", "quantization", "onto", "versions")},
+        "dtype": result.dtype,
+        "merged": result.merged,
+        "dequantized": result.dequantized,
+        "kept": result.kept,
+        "verification": None if result.verification is None else attrs.asdict(result.verification),
+    }
+    return json.dumps(document, indent=1, default=str) + "\n"

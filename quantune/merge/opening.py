@@ -1,0 +1,201 @@
+"""Everything a merge needs before it writes: the base, what was trained, and that the two belong together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+from transformers import PreTrainedModel
+
+from quantune.backends.checkpoints import as_stored, in_words
+from quantune.checkpoint.fingerprint import hash_files
+from quantune.errors import InputError, ModelError
+from quantune.merge.request import MergeRequest, Observer, Setting
+from quantune.merge.trained import BASE_FILES, TrainedAdapter, require_same_base
+from quantune.merge.updates import AdapterUpdate, Update, WeightedUpdate, load_update, require_plain
+from quantune.model.adapter import build_initialization
+from quantune.model.base import Base, open_base, skeleton
+from quantune.model.device import DTYPES, choose_precision
+from quantune.model.initialization import Initialization
+from quantune.model.load import plan_base
+from quantune.model.quantizer import QuantizationPlan
+from quantune.model.targets import head_names
+from quantune.recipe.schema import ModelConfig
+from quantune.streaming.mapping import Unit, checkpoint_name
+from quantune.streaming.source import base_folder
+
+REVISION = "the revision of the base"
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Opened:
+    """A base and what was trained on it."""
+
+    setting: Setting
+    base: Base
+    folder: Path
+    """Where the base's files are."""
+    model: PreTrainedModel
+    """The base on the meta device."""
+    update: Update
+    tied: bool
+    """Whether embedding and output head are one weight in the base."""
+    untied: bool
+    """Whether they are two afterwards."""
+    plan: QuantizationPlan | None
+    """How the base was packed; None where it was not."""
+    initialization: Initialization | None
+    """What took the adapter's share out of the base."""
+    dtype: torch.dtype
+    """What the base was computed in."""
+    device: torch.device
+    """Where weights are packed and added."""
+
+
+def open_merge(request: MergeRequest, device: torch.device, observer: Observer) -> Opened:
+    """Read everything but the base's weights, which are read if they are to be compared with those trained on.
+
+    Raises:
+        InputError: the adapter or the base can't be used, or they don't belong together.
+    """
+    setting = request.setting
+    observer.phase("opening the base")
+    _require_packer(setting.model)
+    base = open_base(setting.model, setting.quantization, allow_remote_code=request.trust_remote_code)
+    folder = base_folder(base)
+    if not request.force:
+        observer.phase("comparing the base with the one that was trained on")
+        for trained in request.adapters:
+            _require_same(trained, base, folder)
+    observer.phase("reading the adapter")
+    update = _updates(request, base, device)
+    model = skeleton(base)
+    tied = _is_tied(model)
+    dtype = DTYPES[choose_precision(setting.precision, device)]  # type: ignore[arg-type]  # a precision of a recipe
+    split = None if setting.adapter is None else build_initialization(model, setting.adapter, seed=setting.seed)
+    plan = None
+    if base.quantization is not None:
+        plan = plan_base(base, base.quantization, dtype, device, initialization=split)
+    return Opened(
+        setting=setting,
+        base=base,
+        folder=folder,
+        model=model,
+        update=update,
+        tied=tied,
+        untied=tied and not _stays_tied(update, model),
+        plan=plan,
+        initialization=split,
+        dtype=dtype,
+        device=device,
+    )
+
+
+def require_places(opened: Opened, found: Sequence[Unit]) -> None:
+    """Require that the checkpoint has every weight that the adapter changes.
+
+    Raises:
+        ModelError: it lacks one.
+    """
+    there = {name for unit in found for name in unit.parameters}
+    if opened.tied:
+        there.update(end_names(opened.model))
+    missing = sorted(opened.update.names() - there)
+    if missing:
+        raise ModelError(f"the adapter changes {missing[0]}, which the files of {opened.base.name} do not have")
+
+
+def head_unit(found: Sequence[Unit], model: PreTrainedModel) -> Unit:
+    """The output head as a weight of its own, from the embedding that it was tied to."""
+    inner, outer = end_names(model)
+    embedding = next(unit for unit in found if unit.parameters == (inner,))
+    return attrs.evolve(embedding, parameters=(outer,), written_as=checkpoint_name(model, outer))
+
+
+def end_names(model: PreTrainedModel) -> tuple[str, str]:
+    """Names of the weights of the embedding and of the output head."""
+    embedding = model.get_input_embeddings()
+    (inner,) = [name for name, module in model.named_modules() if module is embedding]
+    (outer,) = head_names(model)
+    return f"{inner}.weight", f"{outer}.weight"
+
+
+def _updates(request: MergeRequest, base: Base, device: torch.device) -> Update:
+    loaded = [load_update(skeleton(base), adapter.folder, device) for adapter in request.adapters]
+    if len(loaded) == 1 and request.weights == (1.0,):
+        return loaded[0]
+    for update, adapter in zip(loaded, request.adapters, strict=True):
+        require_plain(update, adapter.folder)
+    return WeightedUpdate(parts=tuple(zip(loaded, request.weights, strict=True)))
+
+
+def _require_packer(model: ModelConfig) -> None:
+    """Refuse a base that ships quantized in a format that quantune can't pack.
+
+    Raises:
+        ModelError: it does; names the format.
+    """
+    config = Path(model.base) / "config.json"
+    try:
+        stored = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
+    except (OSError, ValueError, AttributeError):
+        return  # no local folder, or one that opening the base complains of
+    if isinstance(stored, Mapping) and as_stored(stored) is None:
+        raise ModelError(
+            f"{model.base} ships quantized ({in_words(stored)}), a format that quantune has no packer for, so nothing "
+            "can be merged into it; name the unquantized base with --base"
+        )
+
+
+def _require_same(adapter: TrainedAdapter, base: Base, folder: Path) -> None:
+    revision = adapter.fingerprints.get(REVISION)
+    here = getattr(base.config, "_commit_hash", None)
+    if revision is not None and here is not None and revision != here:
+        raise ModelError(
+            f"the adapter in {adapter.folder} was trained on revision {revision} of {base.name}, and this is {here}; "
+            "name the right base with --base; --force merges all the same"
+        )
+    then = adapter.fingerprints.get(BASE_FILES)
+    if isinstance(then, Mapping):
+        require_same_base(adapter, hash_files([folder / "config.json"]))  # quick, before all of it is read
+        require_same_base(adapter, hash_files(folder.glob("*.safetensors")))
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    embedding: Any = model.get_input_embeddings()
+    return head is not None and head.weight is embedding.weight
+
+
+def _stays_tied(update: Update, model: PreTrainedModel) -> bool:
+    """Whether embedding and output head, one weight in the base, are one still."""
+    ends = end_names(model)
+    changed = update.names().intersection(ends)
+    if not changed:
+        return True
+    if len(changed) == 1 or not isinstance(update, AdapterUpdate):
+        return False
+    inner, outer = (update.replaced.get(name) for name in ends)
+    return inner is not None and outer is not None and torch.equal(inner, outer)
+
+
+def require_onto(opened: Opened, onto: str) -> None:
+    """Require that there is what is to be merged onto.
+
+    Raises:
+        InputError: the base has no other weights than those that were trained on, or nothing was packed.
+    """
+    if onto == "original" and opened.base.stored is not None:
+        raise InputError(
+            f"--onto original: {opened.base.name} itself is quantized ({in_words(opened.base.stored)}), so there are "
+            "no other weights than those that were trained on; use --onto dequantized"
+        )
+    if onto == "packed" and opened.plan is None:
+        raise InputError(
+            "--onto packed: the adapter was trained on an unquantized base, so there is no format to pack into; merge "
+            "onto it as it is and pack the result with quantune quantize"
+        )

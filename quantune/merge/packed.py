@@ -1,0 +1,66 @@
+"""Merging into packed weights: base and adapter added up, and packed again for the format's reader."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from quantune.errors import QuantizationError
+from quantune.merge.opening import Opened
+from quantune.merge.weights import MergeJob
+from quantune.quantize.packer import Packer, plan_packing
+from quantune.quantize.quantize import Packing
+from quantune.streaming.adopted import AdoptedSource
+from quantune.streaming.mapping import Unit
+from quantune.streaming.source import Source
+
+
+def plan_packed(opened: Opened, found: Sequence[Unit], source: Source, dtype: torch.dtype) -> Packer:
+    """What is packed: what was packed in training, from the dtype that it was packed from there.
+
+    Raises:
+        QuantizationError: no library reads the format, or it does not take one of the weights.
+    """
+    plan = opened.plan
+    assert plan is not None
+    try:
+        return plan_packing(
+            opened.model,
+            found,
+            source.specs,
+            plan.backend.reader(plan.options),
+            skip=plan.skip,
+            pack_experts=plan.experts,
+            dtype=dtype,
+            device=opened.device,
+            packed_from=plan.pack_dtype,
+        )
+    except QuantizationError as error:
+        raise QuantizationError(
+            f"--onto packed: {error}; or merge with --onto dequantized, which needs no reader"
+        ) from error
+
+
+def pack_into(job: MergeJob, packer: Packer, found: Sequence[Unit]) -> PackedMerge:
+    """`job`, its weights packed."""
+    dense = attrs.evolve(job, kept_in=dict.fromkeys(packer.parts, packer.packed_from))
+    return PackedMerge(dense=dense, merge=dense, packer=packer, units=found)
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class PackedMerge(Packing):
+    """Packs what is merged; what the adapter left alone keeps the bytes that it was trained with."""
+
+    merge: MergeJob
+
+    def tensors(self, unit: Unit) -> Iterable[tuple[str, Tensor]]:
+        source = self.merge.source
+        untouched = self.merge.changed.isdisjoint(unit.parameters)
+        if isinstance(source, AdoptedSource) and untouched and unit.keys[0] in source.packed:
+            for key in unit.keys:
+                yield from self.packer.tensors(self.packer.parts[key], list(source.weights(key))).items()
+            return
+        yield from super().tensors(unit)

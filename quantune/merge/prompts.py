@@ -1,0 +1,93 @@
+"""What a merged model is tried on: the run's own data where it is at hand, else the built-in text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from quantune.comparison.text import WINDOW, Windows, built_in_text, cut
+from quantune.data.dataset import build
+from quantune.data.prepare import prepare
+from quantune.data.tokenization import Sample
+from quantune.errors import DataError
+from quantune.recipe.schema import Recipe
+
+MAX_TOKENS = 2048
+"""Tokens of a whole trial: on the built-in model a few seconds."""
+FEW_TOKENS = 512
+"""Tokens of a sample of it, for models on which a trial takes minutes."""
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Prompts:
+    """Tokenized rows, and which of their tokens the loss is about."""
+
+    source: str
+    """Where they are from, e.g. `the run's evaluation data`."""
+    held_out: bool
+    """Whether nothing was trained on them, as far as the recipe says."""
+    windows: Windows
+    targets_N: Tensor
+    """Shape (predicted tokens,), bool: the tokens that the loss is about. All rows one after the other, the first token
+    of each left out."""
+
+
+def prompts_of(
+    recipe: Recipe | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    vocabulary_size: int | None = None,
+    positions: int | None = None,
+    max_tokens: int = MAX_TOKENS,
+) -> Prompts:
+    """Prompts from the evaluation data of a recipe, else from its training data, else from the built-in text.
+
+    The last is taken too where the data is not to be had any more; `source` says so.
+
+    Args:
+        vocabulary_size: rows of the embedding.
+        positions: most tokens that the model takes.
+    """
+    why = ""
+    if recipe is not None:
+        try:
+            samples, name, held_out = _samples(recipe, tokenizer, vocabulary_size)
+            return _prompts(spread(samples, max_tokens), name, held_out, positions)
+        except DataError as error:
+            why = f" (not the run's data: {error})"
+    window = min(WINDOW, positions or WINDOW)
+    windows = cut(built_in_text(), tokenizer, max_tokens=max_tokens, window=window)
+    targets_N = torch.ones(windows.predicted, dtype=torch.bool)
+    return Prompts(source=f"the built-in text{why}", held_out=True, windows=windows, targets_N=targets_N)
+
+
+def spread(samples: Sequence[Sample], max_tokens: int) -> Sequence[Sample]:
+    """Samples of about `max_tokens` tokens in all, at least one, at even distances: sources follow one another."""
+    mean = sum(len(sample.input_ids) for sample in samples) / len(samples)
+    count = min(len(samples), max(1, int(max_tokens / mean)))
+    return [samples[index * len(samples) // count] for index in range(count)]
+
+
+def _samples(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int | None
+) -> tuple[Sequence[Sample], str, bool]:
+    if recipe.data.eval:  # the training data may be large and is not needed
+        data = build(recipe.data.eval, recipe.data, tokenizer, vocabulary_size=vocabulary_size)
+        return data.samples, "the run's evaluation data", True
+    config = attrs.evolve(recipe.data, packing=False)
+    read = prepare(config, tokenizer, seed=recipe.training.seed, vocabulary_size=vocabulary_size)
+    if read.eval is not None:
+        return read.eval.samples, "what the run held out", True
+    return read.train.samples, "the run's training data", False
+
+
+def _prompts(samples: Sequence[Sample], source: str, held_out: bool, positions: int | None) -> Prompts:
+    rows = tuple(tuple(sample.input_ids[:positions].tolist()) for sample in samples)
+    counts = [counts for sample in samples for counts in sample.is_target[1:positions].tolist()]
+    windows = Windows(rows=rows, text_tokens=sum(len(row) for row in rows))
+    targets_N = torch.tensor(counts, dtype=torch.bool)
+    return Prompts(source=source, held_out=held_out, windows=windows, targets_N=targets_N)

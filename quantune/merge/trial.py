@@ -1,0 +1,136 @@
+"""Trying a merged model: against base and adapter as they were trained, loaded by the libraries that will load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from quantune.errors import ModelError
+from quantune.merge import verify
+from quantune.merge.opening import Opened
+from quantune.merge.prompts import FEW_TOKENS, MAX_TOKENS, Prompts, prompts_of
+from quantune.merge.request import MergeRequest, Observer
+from quantune.merge.verify import Verification
+from quantune.model.adapter import NAME, adapter_tensors, custom_modules, load_adapter
+from quantune.model.base import open_base
+from quantune.model.load import load_model
+from quantune.model.trained import load_trained_base
+from quantune.recipe.schema import ModelConfig
+
+SMALL = 5e8
+"""Weights up to which a whole trial takes seconds."""
+SPARE = 0.5
+"""Fraction of the memory that is free which a model may take that nobody asked to be loaded."""
+
+
+def try_merged(
+    opened: Opened, request: MergeRequest, folder: Path, dtype: torch.dtype, observer: Observer
+) -> Verification | None:
+    """Compare a merged model with base and adapter, if that was asked for, or nothing was asked and it fits.
+
+    Merged onto the dequantized base it must answer alike; otherwise the distance is measured alone.
+
+    Raises:
+        VerificationError: it does not answer alike.
+    """
+    if request.verify is False:
+        return None
+    needed, free = 4 * _weights(opened), free_memory(opened.device)
+    if request.verify is None and needed > SPARE * free:
+        observer.warning(
+            f"not verified: the merged model takes {needed / 2**30:.1f} GiB in fp32, of {free / 2**30:.1f} GiB that "
+            "are free; --verify does it all the same"
+        )
+        return None
+    observer.phase("verifying")
+    found = verify.measure(
+        lambda: load_reference(opened, request),
+        lambda: load_merged(folder, opened, packed=request.onto == "packed"),
+        prompts_for(opened, request),
+        dtype=dtype,
+    )
+    if request.onto == "dequantized":
+        found.require()
+    return found
+
+
+def prompts_for(opened: Opened, request: MergeRequest) -> Prompts:
+    """What a merged model is tried on: less of it where that takes long."""
+    embedding: Any = opened.model.get_input_embeddings()
+    return prompts_of(
+        request.recipe,
+        opened.base.tokenizer,
+        vocabulary_size=embedding.num_embeddings,
+        positions=getattr(opened.base.config.get_text_config(), "max_position_embeddings", None),
+        max_tokens=MAX_TOKENS if _weights(opened) <= SMALL else FEW_TOKENS,
+    )
+
+
+def load_reference(opened: Opened, request: MergeRequest) -> PeftModel:
+    """Base and adapters as they were trained, computing in fp32."""
+    setting = opened.setting
+    model = load_trained_base(
+        opened.base,
+        setting.adapter,
+        seed=setting.seed,
+        precision=setting.precision,
+        compute_dtype=torch.float32,
+        device=opened.device,
+    )
+    adapted = load_adapter(model, request.adapters[0].folder)
+    names = [NAME]
+    for index, adapter in enumerate(request.adapters[1:], 2):
+        names.append(f"{NAME}_{index}")
+        config = LoraConfig.from_pretrained(str(adapter.folder))
+        config._register_custom_module(custom_modules(model))
+        adapted.add_adapter(names[-1], config)
+        set_peft_model_state_dict(adapted, adapter_tensors(adapter.folder), adapter_name=names[-1])
+    if len(names) > 1 or request.weights != (1.0,):
+        adapted.base_model.set_adapter(names)  # type: ignore[operator]  # a tuner
+        for layer in adapted.modules():
+            if isinstance(layer, LoraLayer):
+                for name, weight in zip(names, request.weights, strict=True):
+                    if name in layer.scaling:
+                        layer.scaling[name] *= weight
+    return adapted
+
+
+def load_merged(folder: Path, opened: Opened, *, packed: bool) -> PreTrainedModel:
+    """The merged model in fp32: by plain transformers, or, packed, as a base of quantune, which needs no kernels.
+
+    Raises:
+        ModelError: it can't be loaded.
+    """
+    if packed:
+        base = open_base(ModelConfig(base=str(folder), trust_remote_code=opened.setting.model.trust_remote_code))
+        return load_model(base, base.quantization, compute_dtype=torch.float32, device=opened.device)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=opened.setting.model.trust_remote_code,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"the merged model can't be loaded by transformers: {error}") from error
+    return model.to(opened.device)  # type: ignore[arg-type]  # a device, which its annotation leaves out
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes of memory on a device that are free."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")
+
+
+def _weights(opened: Opened) -> int:
+    return sum(parameter.numel() for parameter in opened.model.parameters())

@@ -1,0 +1,100 @@
+"""Which format a checkpoint is to be packed into, from what is asked on the command line. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+
+from quantune.backends import registry
+from quantune.backends.description import BackendDescription
+from quantune.backends.options import choose_dtype
+from quantune.errors import BackendError, InputError
+from quantune.recipe.overrides import toml_value
+from quantune.recipe.schema import QuantizationConfig
+from quantune.recipe.structure import structure
+
+
+@attrs.frozen(kw_only=True)
+class Choice:
+    """A format for a checkpoint."""
+
+    quantization: QuantizationConfig
+    """As a recipe would say it, every default written out."""
+    activation_dtype: str | None = None
+    """What activations are rounded to where the checkpoint is used; None to leave them as they are."""
+
+    @property
+    def format(self) -> str:
+        """`backend:weight_dtype`, or the backend's name where it has one format."""
+        weight_dtype = getattr(self.quantization.options, "weight_dtype", None)
+        return self.quantization.backend if weight_dtype is None else f"{self.quantization.backend}:{weight_dtype}"
+
+
+def choose(
+    backend: str,
+    weight_dtype: str | None = None,
+    *,
+    settings: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    activation_dtype: str | None = None,
+) -> Choice:
+    """The format that is asked for.
+
+    Args:
+        settings: options of the backend as `key=value`, the value as TOML writes it.
+
+    Raises:
+        BackendError: there is no such backend, it can't run here, or it does not take these options.
+        InputError: a setting is none, or there are no such activations for these weights.
+    """
+    description = registry.describe_available(backend)
+    given = _settings(settings)
+    if weight_dtype is not None and "weight_dtype" in given:
+        raise InputError("--weight-dtype and --set weight_dtype say the same; give one of them")
+    chosen = choose_dtype(description, weight_dtype or given.pop("weight_dtype", None))
+    if chosen is not None:
+        given["weight_dtype"] = chosen
+    options, findings = structure(description.options, given)
+    problems = [f"{finding.where}: {finding.message}" for finding in findings]
+    if options is not None and hasattr(options, "problems"):
+        problems += [f"{key}: {message}" for key, message in options.problems()]
+    if problems or options is None:
+        raise BackendError(f"backend {json.dumps(backend)} does not take these options: {'; '.join(problems)}")
+    if activation_dtype is not None and activation_dtype not in description.activation_dtypes.get(chosen or "", ()):
+        raise InputError(_no_such_activations(activation_dtype, backend, chosen))
+    options = options.resolved() if hasattr(options, "resolved") else options
+    quantization = QuantizationConfig(backend=backend, skip=tuple(skip), options=options)
+    return Choice(quantization=quantization, activation_dtype=activation_dtype)
+
+
+def _settings(settings: Sequence[str]) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f'--set: expected key=value, found "{setting}"; e.g. --set group_size=64')
+        try:
+            given[key.strip()] = toml_value(value.strip())
+        except ValueError:
+            raise InputError(f'--set {key.strip()}: expected a TOML value, found "{value.strip()}"') from None
+    return given
+
+
+def _no_such_activations(asked: str, backend: str, weight_dtype: str | None) -> str:
+    pairs = "; ".join(pair for name in registry.BUILT_IN for pair in _pairs(registry.describe(name)))
+    weights = backend if weight_dtype is None else f"{backend} {weight_dtype}"
+    return (
+        f"--activation-dtype {asked}: no reader multiplies {weights} weights by activations rounded to it. What there "
+        f"is: {pairs}; any other format leaves activations as they are"
+    )
+
+
+def _pairs(description: BackendDescription) -> list[str]:
+    return [
+        f"--backend {description.name} --weight-dtype {weight_dtype} --activation-dtype {activation_dtype}"
+        for weight_dtype, activation_dtypes in description.activation_dtypes.items()
+        for activation_dtype in activation_dtypes
+    ]
