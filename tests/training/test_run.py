@@ -12,6 +12,7 @@ from forking import start
 RECIPE = """
 [model]
 base = "builtin:mini"
+config = {num_hidden_layers = 2}
 
 [quantization]
 backend = "bnb"
