@@ -14,6 +14,7 @@ from torch import Tensor
 import quantune
 from quantune.backends import registry
 from quantune.backends.checkpoints import in_words
+from quantune.backends.layout import PackedWeight
 from quantune.checkpoint.commit import write_file_atomically
 from quantune.checkpoint.fingerprint import environment
 from quantune.comparison.rows import LayerFigures
@@ -197,9 +198,13 @@ class Packing:
             total += sums
         return total.figures("all"), tuple(sums.figures(kind) for kind, sums in kinds.items())
 
+    def pack(self, part: Part, tensor: Tensor) -> list[PackedWeight]:
+        """The packed weights of a dense tensor."""
+        return self.packer.pack(part, tensor)
+
     @torch.no_grad()
     def _packed(self, unit: Unit, part: Part, dense: Tensor) -> dict[str, Tensor]:
-        packed = self.packer.pack(part, dense)
+        packed = self.pack(part, dense)
         tensors = self.packer.tensors(part, packed)
         error = signal = 0.0
         backend = self.packer.reader.backend
