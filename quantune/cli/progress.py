@@ -140,3 +140,4 @@ def print_result(result: RunResult) -> None:
     out.print(f"{result.steps} steps{here} in {result.seconds:.0f} s")
     out.print(f"adapter: {escape(str(result.adapter))}")
     out.print(f"try it:  quantune generate {escape(str(result.folder))} --prompt '...'")
+    out.print(f"merge:   quantune merge {escape(str(result.folder))}")

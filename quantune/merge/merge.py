@@ -119,7 +119,15 @@ def _job(opened: Opened, request: MergeRequest, stored: Source) -> MergeJob:
         source = adopted(stored, opened.model, opened.plan)
     return MergeJob(
         source=source,
-        base=BaseWeights.of(opened.model, opened.plan, opened.initialization, opened.dtype, opened.device),
+        base=BaseWeights.of(
+            opened.model,
+            opened.plan,
+            opened.initialization,
+            opened.dtype,
+            opened.device,
+            rounded=frozenset() if opened.rounding is None else opened.rounding.parameters,
+            rounding=opened.format,
+        ),
         update=opened.update,
         changed=opened.update.names(),
         onto=request.onto,
@@ -143,6 +151,7 @@ def _identity(opened: Opened, request: MergeRequest) -> dict[str, Any]:
         "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
         "quantization": None if quantization is None else attrs.asdict(quantization),
         "model": attrs.asdict(opened.setting.model),
+        "qat": None if opened.setting.qat is None else attrs.asdict(opened.setting.qat),
         "onto": request.onto,
         "aware": request.aware,
         "dtype": str(request.dtype),

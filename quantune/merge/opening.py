@@ -22,9 +22,10 @@ from quantune.model.base import Base, open_base, skeleton
 from quantune.model.device import DTYPES, choose_precision
 from quantune.model.initialization import Initialization
 from quantune.model.load import plan_base
+from quantune.model.qat import RoundingPlan, plan_rounding
 from quantune.model.quantizer import QuantizationPlan
 from quantune.model.targets import head_names
-from quantune.recipe.schema import ModelConfig
+from quantune.recipe.schema import ModelConfig, QuantizationConfig
 from quantune.streaming.mapping import Unit, checkpoint_name
 from quantune.streaming.source import base_folder
 
@@ -48,6 +49,10 @@ class Opened:
     """Whether they are two afterwards."""
     plan: QuantizationPlan | None
     """How the base was packed; None where it was not."""
+    format: QuantizationPlan | None
+    """What a packed merge packs, and what was rounded to: as `plan`, but that `[training.qat]` leaves weights dense."""
+    rounding: RoundingPlan | None
+    """What was rounded in training."""
     initialization: Initialization | None
     """What took the adapter's share out of the base."""
     dtype: torch.dtype
@@ -77,9 +82,14 @@ def open_merge(request: MergeRequest, device: torch.device, observer: Observer) 
     tied = _is_tied(model)
     dtype = DTYPES[choose_precision(setting.precision, device)]  # type: ignore[arg-type]  # a precision of a recipe
     split = None if setting.adapter is None else build_initialization(model, setting.adapter, seed=setting.seed)
-    plan = None
-    if base.quantization is not None:
-        plan = plan_base(base, base.quantization, dtype, device, initialization=split)
+    rounding = None
+    if setting.adapter is not None:
+        rounding = plan_rounding(model, setting.qat, base.quantization, setting.adapter, base.stored)
+
+    def planned(quantization: QuantizationConfig | None) -> QuantizationPlan | None:
+        return None if quantization is None else plan_base(base, quantization, dtype, device, initialization=split)
+
+    packed = planned(base.quantization)
     return Opened(
         setting=setting,
         base=base,
@@ -88,7 +98,9 @@ def open_merge(request: MergeRequest, device: torch.device, observer: Observer) 
         update=update,
         tied=tied,
         untied=tied and not _stays_tied(update, model),
-        plan=plan,
+        plan=packed if rounding is None else planned(rounding.stored),
+        format=packed,
+        rounding=rounding,
         initialization=split,
         dtype=dtype,
         device=device,
@@ -194,7 +206,7 @@ def require_onto(opened: Opened, onto: str) -> None:
             f"--onto original: {opened.base.name} itself is quantized ({in_words(opened.base.stored)}), so there are "
             "no other weights than those that were trained on; use --onto dequantized"
         )
-    if onto == "packed" and opened.plan is None:
+    if onto == "packed" and opened.format is None:
         raise InputError(
             "--onto packed: the adapter was trained on an unquantized base, so there is no format to pack into; merge "
             "onto it as it is and pack the result with quantune quantize"

@@ -23,12 +23,12 @@ from quantune.streaming.source import Source
 
 
 def plan_packed(opened: Opened, found: Sequence[Unit], source: Source, dtype: torch.dtype) -> Packer:
-    """What is packed: what was packed in training, from the dtype that it was packed from there.
+    """What is packed: what was packed or rounded in training, from the dtype that it was packed from there.
 
     Raises:
         QuantizationError: no library reads the format, or it does not take one of the weights.
     """
-    plan = opened.plan
+    plan = opened.format
     assert plan is not None
     try:
         return plan_packing(

@@ -13,7 +13,7 @@ from quantune.errors import InputError
 from quantune.merge.trained import TrainedAdapter
 from quantune.merge.verify import Verification
 from quantune.merge.weights import Onto
-from quantune.recipe.schema import AdapterConfig, ModelConfig, QuantizationConfig, Recipe
+from quantune.recipe.schema import AdapterConfig, ModelConfig, QatConfig, QuantizationConfig, Recipe
 
 SPLITTING = ("pissa", "olora", "loftq")
 """Initializations that change the base."""
@@ -48,6 +48,8 @@ class Setting:
     seed: int
     precision: str
     """`fp32`, `bf16`, or `auto` where nobody says."""
+    qat: QatConfig | None = None
+    """What was rounded in training."""
 
     @classmethod
     def of(cls, recipe: Recipe) -> Setting:
@@ -58,6 +60,7 @@ class Setting:
             adapter=recipe.adapter,
             seed=recipe.training.seed,
             precision=recipe.training.precision,
+            qat=recipe.training.qat,
         )
 
     @classmethod
@@ -89,6 +92,11 @@ def require_one_setting(settings: Sequence[Setting]) -> Setting:
                     f"expected adapters that were trained on the same base in the same way, found another [{name}] for "
                     "two of them; merge each alone"
                 )
+    if len(settings) > 1 and any(one.qat is not None for one in settings):
+        raise InputError(
+            "several adapters can't be merged where one was trained with [training.qat], which rounds its sum with the "
+            "base; merge it alone"
+        )
     if len(settings) > 1 and any(one.adapter is not None and one.adapter.init in SPLITTING for one in settings):
         raise InputError(
             "several adapters can be merged where all began at zero, and one began with a share of the base "

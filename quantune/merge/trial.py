@@ -16,10 +16,10 @@ from quantune.merge.opening import Opened
 from quantune.merge.prompts import FEW_TOKENS, MAX_TOKENS, Prompts, prompts_of
 from quantune.merge.request import MergeRequest, Observer
 from quantune.merge.verify import Verification
-from quantune.model.adapter import NAME, adapter_tensors, custom_modules, load_adapter
+from quantune.model.adapter import NAME, adapter_tensors, custom_modules
 from quantune.model.base import open_base
 from quantune.model.load import load_model
-from quantune.model.trained import load_trained_base
+from quantune.model.trained import load_trained_adapter, load_trained_base
 from quantune.recipe.schema import ModelConfig
 
 SMALL = 5e8
@@ -82,8 +82,11 @@ def load_reference(opened: Opened, request: MergeRequest) -> PeftModel:
         precision=setting.precision,
         compute_dtype=torch.float32,
         device=opened.device,
+        rounding=opened.rounding,
     )
-    adapted = load_adapter(model, request.adapters[0].folder)
+    adapted = load_trained_adapter(
+        model, request.adapters[0].folder, precision=setting.precision, rounding=opened.rounding
+    )
     names = [NAME]
     for index, adapter in enumerate(request.adapters[1:], 2):
         names.append(f"{NAME}_{index}")

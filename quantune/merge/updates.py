@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from quantune.errors import ModelError
 from quantune.model.adapter import NAME, adapter_tensors, custom_modules, require_adapter
 from quantune.model.lora_experts import ParamWrapper
+from quantune.quantized.merged import lora_delta
 
 MARKS = ("lora_", "modules_to_save", "trainable_tokens_")
 """Parts of the names of parameters that are PEFT's own."""
@@ -74,7 +75,8 @@ class AdapterUpdate:
         if name in self.experts:
             assert expert is not None
             update = self.experts[name].update_of(NAME)
-            weight.addmm_(update.lora_B[expert].to(weight), update.lora_A[expert].to(weight), alpha=update.scaling)
+            factors = update.lora_A[expert].to(weight), update.lora_B[expert].to(weight)
+            weight += lora_delta(*factors, update.scaling)  # rounded as rounded training rounds it
         return _merged(self.layers[name], weight) if name in self.layers else weight
 
 

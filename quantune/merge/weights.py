@@ -20,6 +20,7 @@ from quantune.model.load import packed_digest
 from quantune.model.quantizer import QuantizationPlan, packable
 from quantune.model.vocabulary import fill_with_mean
 from quantune.quantized import experts
+from quantune.quantized.merged import pack_merged
 from quantune.streaming.mapping import Unit
 from quantune.streaming.rewrite import Entry
 from quantune.streaming.source import Source
@@ -45,6 +46,10 @@ class BaseWeights:
     device: torch.device
     digests: dict[str, str]
     """Of every weight that was packed here, by name."""
+    rounded: frozenset[str] = frozenset()
+    """The parameters that were trained as the format rounds them, with what was trained."""
+    rounding: QuantizationPlan | None = None
+    """What they were rounded with."""
 
     @classmethod
     def of(
@@ -54,6 +59,9 @@ class BaseWeights:
         initialization: Initialization | None,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        rounded: frozenset[str] = frozenset(),
+        rounding: QuantizationPlan | None = None,
     ) -> BaseWeights:
         """Those of `model`, on the meta device and without an adapter."""
         names = set() if plan is None else packable(model, plan.skip, plan.experts)
@@ -66,6 +74,8 @@ class BaseWeights:
             dtype=dtype,
             device=device,
             digests={},
+            rounded=rounded,
+            rounding=rounding,
         )
 
     def dense(self, name: str, weight: Tensor, expert: int | None, *, dequantized: bool) -> Tensor:
@@ -99,6 +109,16 @@ class BaseWeights:
             self.initialization.split(layer, weight.to(self.device, self.dtype), None)
         factors = self.initialization.factors.pop(layer, None)  # none where nothing is lost that could be taken
         return dense if factors is None else dense - self.initialization.update_of(factors)
+
+    def as_rounded(self, name: str, weight: Tensor, expert: int | None) -> Tensor:
+        """A merged weight, fp32, as a run with `[training.qat]` computed with it."""
+        if name not in self.rounded:
+            return weight
+        assert self.rounding is not None
+        backend, shape = self.rounding.backend, (weight.shape[0], weight.shape[1])
+        label = name if expert is None else f"{name}[{expert}]"
+        layout = layout_of(backend, shape, self.rounding.pack_dtype, self.rounding.options, name=label)
+        return backend.dequantize(pack_merged(backend, weight, layout, name=label), torch.float32)
 
     def _round_trip(self, name: str, weight: Tensor, expert: int | None) -> Tensor:
         assert self.plan is not None
@@ -207,7 +227,8 @@ class MergeJob:
             weight = self.base.unpacked(name, value, expert)
         else:
             weight = self.base.dense(name, value, expert, dequantized=unit.keys[0] in self.quantized)
-        return self.update.apply(name, weight, expert) if name in self.changed else weight
+        merged = self.update.apply(name, weight, expert) if name in self.changed else weight
+        return self.base.as_rounded(name, merged, expert) if self.onto == "dequantized" else merged
 
     def _rounded(self, name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
         rounded = weight.to(dtype).cpu()

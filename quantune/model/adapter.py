@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -22,8 +23,16 @@ from quantune.errors import ModelError
 from quantune.model.initialization import Initialization, initialization
 from quantune.model.load import packed_weights
 from quantune.model.lora_experts import ParamWrapper
-from quantune.model.lora_layer import QuantLoraLinear
-from quantune.model.targets import above, has_suffix, head_names, match_parameters, match_targets, peft_targets
+from quantune.model.lora_layer import QuantLoraLinear, RoundedLora
+from quantune.model.targets import (
+    above,
+    has_suffix,
+    head_names,
+    match_parameters,
+    match_targets,
+    peft_targets,
+    trained_in_full,
+)
 from quantune.quantized import experts
 from quantune.quantized.linear import QuantLinear
 from quantune.recipe.schema import AdapterConfig
@@ -45,31 +54,34 @@ def attach(
     base_name: str,
     seed: int,
     initialization: Initialization | None = None,
+    rounds: bool = False,
 ) -> PeftModel:
     """Put a freshly initialized adapter on the model; its parameters are fp32 and the only ones that are trained.
 
     The initialization depends on `seed`, the model's structure and, with `initialization` (the one the model was loaded
-    with), its weights alone, not on how many processes there are.
+    with), its weights alone, not on how many processes there are. With `rounds` its layers can round, also over weights
+    that are not packed.
     """
     matched = match_targets(model, config)
     match_parameters(model, config.target_parameters)
+    full = trained_in_full(model, config)
     lora = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT annotates int, and takes any number
         lora_dropout=config.dropout,
-        target_modules=peft_targets(model, config),
-        exclude_modules=[name for name in head_names(model) if name not in matched] or None,
+        target_modules=DUMMY_TARGET_MODULES if config.type == "full" else peft_targets(model, config),
+        exclude_modules=[name for name in head_names(model) if name not in matched and config.type == "lora"] or None,
         target_parameters=list(config.target_parameters) or None,
         use_rslora=config.use_rslora,
         use_dora=config.use_dora,
         bias=config.bias,
         init_lora_weights="gaussian" if config.init == "gaussian" else True,
-        modules_to_save=list(config.modules_to_save) or None,
+        modules_to_save=list(full) or None,
         ensure_weight_tying=_trains_tied(model, config),
         task_type="CAUSAL_LM",
     )
-    _refuse_packed(model, config.modules_to_save)
-    lora._register_custom_module(custom_modules(model))
+    _refuse_packed(model, full)
+    lora._register_custom_module(custom_modules(model, rounds=rounds))
     torch.manual_seed(seed)
     with _whole_weights(model):
         peft_model = get_peft_model(model, lora)
@@ -103,10 +115,12 @@ def _whole_weights(model: nn.Module) -> Iterator[None]:
             del layer.W_q, layer.dequantize
 
 
-def custom_modules(model: nn.Module) -> dict[type[nn.Module], type[nn.Module]]:
-    """quantune's layers for what PEFT can't adapt by itself."""
+def custom_modules(model: nn.Module, *, rounds: bool = False) -> dict[type[nn.Module], type[nn.Module]]:
+    """quantune's layers for what PEFT can't adapt, or with `rounds` not round, by itself; PEFT takes the first that
+    fits."""
     return {
         QuantLinear: QuantLoraLinear,
+        **({nn.Linear: RoundedLora} if rounds else {}),
         **{type(module): ParamWrapper for module in model.modules() if experts.is_experts(module)},
     }
 
@@ -123,7 +137,7 @@ def _trains_tied(model: PreTrainedModel, config: AdapterConfig) -> bool:
     embedding = model.get_input_embeddings()
     tied = [*head_names(model), *(name for name, module in model.named_modules() if module is embedding)]
     return model.config.get_text_config().tie_word_embeddings and any(
-        has_suffix(name, module) for name in tied for module in config.modules_to_save
+        has_suffix(name, module) for name in tied for module in trained_in_full(model, config)
     )
 
 
@@ -160,6 +174,13 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def adapted_layers(model: PeftModel, config: AdapterConfig) -> int:
+    """How many layers are trained: those with an adapter, or in full where that is what `[adapter]` asks for."""
+    if config.type == "full":
+        return sum(isinstance(module, ModulesToSaveWrapper) for module in model.modules())
+    return sum(hasattr(module, "lora_A") for module in model.modules())
+
+
 def build_initialization(model: PreTrainedModel, config: AdapterConfig, *, seed: int) -> Initialization | None:
     """The initialization that `config` asks for over the layers of `model`, which may be on the meta device."""
     trained_in_full = config.modules_to_save
@@ -178,9 +199,8 @@ def needed_whole(model: PreTrainedModel, config: AdapterConfig, *, grown: bool) 
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     shared = [weight for end in ends if end is not None for weight in end.parameters()]
     tied = len({id(weight) for weight in shared}) < len(shared)
-    names = [
-        name for name, _ in model.named_modules() if any(has_suffix(name, wanted) for wanted in config.modules_to_save)
-    ]
+    full = trained_in_full(model, config)
+    names = [name for name, _ in model.named_modules() if any(has_suffix(name, wanted) for wanted in full)]
     end_names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
     if grown or (tied and set(names).intersection(end_names)):
         names += end_names
@@ -207,8 +227,8 @@ def save_adapter(model: PeftModel, folder: Path, whole: dict[str, Tensor] | None
     (folder / "adapter_model.safetensors").chmod((folder / "adapter_config.json").stat().st_mode)  # not for us alone
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """Put a saved adapter on the model, for inference.
+def load_adapter(model: PreTrainedModel, folder: Path, *, rounds: bool = False) -> PeftModel:
+    """Put a saved adapter on the model, for inference; `rounds` as in `attach`.
 
     Raises:
         ModelError: the folder holds no adapter, holds pickles, or does not fit the model.
@@ -216,7 +236,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     require_adapter(folder)
     try:
         config = LoraConfig.from_pretrained(str(folder))
-        config._register_custom_module(custom_modules(model))
+        config._register_custom_module(custom_modules(model, rounds=rounds))
         config.inference_mode = True
         if isinstance(config.init_lora_weights, str):  # the base was loaded without the adapter's share
             config.init_lora_weights = True
@@ -246,10 +266,10 @@ def adapter_tensors(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def _refuse_packed(model: nn.Module, modules_to_save: tuple[str, ...]) -> None:
+def _refuse_packed(model: nn.Module, full: tuple[str, ...]) -> None:
     """Refuse to train modules in full that are packed."""
     for name, module in model.named_modules():
-        saved = next((wanted for wanted in modules_to_save if has_suffix(name, wanted)), None)
+        saved = next((wanted for wanted in full if has_suffix(name, wanted)), None)
         if saved is not None and any(packed_weights(part) for part in module.modules()):
             raise ModelError(
                 f'[adapter] modules_to_save: "{saved}" is packed, and packed weights can\'t be trained; '

@@ -11,7 +11,8 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
 from quantune.backends.backend import pack_weight
-from quantune.quantized.linear import PackedLoraLinear, QuantLinear
+from quantune.quantized.linear import PackedLoraLinear, QuantLinear, WeightFormat
+from quantune.quantized.rounding import RoundedLoraLinear, Rounding
 
 
 class QuantuneBackend(QuantizationBackend):
@@ -32,7 +33,40 @@ class QuantuneBackend(QuantizationBackend):
         base.weight.data = packed.data
 
 
-class QuantLoraLinear(LoraLinear):
+class RoundedLora(LoraLinear):
+    """LoRA whose sum with the base's weight is rounded to a format, where `round_to` said so."""
+
+    rounding: Rounding | None = None
+    """Says whether it rounds now; None where it never does."""
+    rounds_to: WeightFormat | None = None
+    """The format, where there is a `rounding`."""
+
+    def round_to(self, weight_format: WeightFormat, rounding: Rounding) -> None:
+        """Compute with base and adapter as `weight_format` rounds them, while `rounding` applies."""
+        self.rounds_to, self.rounding = weight_format, rounding
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rounding = self.rounding
+        if rounding is None or not rounding.applies(self) or self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if args or kwargs or len(active) != 1 or self.lora_bias[active[0]]:
+            raise RuntimeError(f"expected one adapter to round with its base, found {active} and {[*args, *kwargs]}")
+        base, name = self.get_base_layer(), active[0]
+        magnitude = self.lora_magnitude_vector[name].weight if name in self.lora_magnitude_vector else None
+        return RoundedLoraLinear.apply(
+            rounding.inputs(x),
+            base.weight,
+            base.bias,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            magnitude,
+            self.scaling[name],
+            self.rounds_to,
+        )
+
+
+class QuantLoraLinear(RoundedLora):
     """LoRA over packed weights.
 
     A single plain LoRA adapter takes the fused path; whatever else PEFT offers (several adapters, DoRA, mixed batches,
@@ -60,6 +94,8 @@ class QuantLoraLinear(LoraLinear):
 
     def _fusable_adapter(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         if args or kwargs or self.disable_adapters or self.merged or torch.compiler.is_compiling():
+            return None
+        if self.rounding is not None and self.rounding.applies(self):
             return None
         active = [name for name in self.active_adapters if name in self.lora_A]
         if len(active) != 1 or active[0] in self.lora_variant or self.lora_bias[active[0]]:

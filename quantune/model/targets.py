@@ -108,6 +108,11 @@ def _check_full(model: PreTrainedModel, config: AdapterConfig, matched: list[str
             )
 
 
+def trained_in_full(model: PreTrainedModel, config: AdapterConfig) -> tuple[str, ...]:
+    """Names of modules, or the ends of names, whose own weights are trained."""
+    return (*config.modules_to_save, *(match_targets(model, config) if config.type == "full" else ()))
+
+
 def match_parameters(model: nn.Module, suffixes: Iterable[str]) -> list[str]:
     """Names of the fused experts' weights that `suffixes`, those of `target_parameters`, cover.
 
@@ -211,7 +216,8 @@ def require_trained_tokens(model: PreTrainedModel, additions: Additions, config:
     tied = head is None or head.weight is embedding.weight
     names = [name for name, module in model.named_modules() if module is embedding or (module is head and not tied)]
     either = [name for name, module in model.named_modules() if module is embedding or module is head]
-    trained = {name for name in either if any(has_suffix(name, saved) for saved in config.modules_to_save)}
+    full = trained_in_full(model, config)
+    trained = {name for name in either if any(has_suffix(name, saved) for saved in full)}
     if trained and (tied or trained.issuperset(names)):
         return
     wanted = dict.fromkeys([*config.modules_to_save, *(_leaf(name) for name in names if name not in trained)])

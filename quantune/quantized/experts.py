@@ -23,6 +23,7 @@ from torch.nn import functional
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from quantune.quantized.linear import PackedLoraLinear, WeightFormat, packed_linear
+from quantune.quantized.rounding import RoundedLoraLinear, Rounding
 
 IMPLEMENTATION = "quantune"
 """The name under which transformers finds the function."""
@@ -65,6 +66,16 @@ def set_packed(module: nn.Module, name: str, weight_format: WeightFormat) -> nn.
     module.register_parameter(name, parameter)
     module.packed_formats = {**weight_formats(module), name: weight_format}  # type: ignore[assignment]  # not a tensor
     return parameter
+
+
+def round_updated(module: nn.Module, name: str, weight_format: WeightFormat, rounding: Rounding) -> None:
+    """Compute with each expert's weight called `name`, packed or dense, and its update as `weight_format` rounds their
+    sum, while `rounding` applies; there must be one update then."""
+    module.rounded_updates = {**_rounded(module), name: (weight_format, rounding)}  # type: ignore[assignment]  # no tensor
+
+
+def _rounded(module: nn.Module) -> dict[str, tuple[WeightFormat, Rounding]]:
+    return getattr(module, "rounded_updates", {})
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -134,6 +145,11 @@ def _project(module: nn.Module, name: str, expert: int, x: Tensor) -> Tensor:
     bias = module.get_parameter(f"{name}_bias")[expert] if module.has_bias else None
     weight_format = weight_formats(module).get(name)
     updates = [(it.lora_A[expert], it.lora_B[expert], it.scaling) for it in _updates(module).get(name, ())]
+    rounded_to, rounding = _rounded(module).get(name, (None, None))
+    if updates and rounding is not None and rounding.applies(module):
+        ((lora_A, lora_B, scaling),) = updates
+        base = weight if weight_format is not None else as_rows(module, weight)
+        return RoundedLoraLinear.apply(x, base, bias, lora_A, lora_B, None, scaling, rounded_to)
     if weight_format is not None and len(updates) == 1:
         return PackedLoraLinear.apply(x, weight, bias, *updates[0], weight_format)
     if weight_format is not None:

@@ -9,7 +9,7 @@ may be gathered before forward and backward and freed in between.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -21,6 +21,9 @@ from quantune.backends.backend import Backend
 from quantune.backends.layout import PackedLayout, PackedWeight
 from quantune.quantized import ops
 from quantune.quantized.workspace import Workspace
+
+if TYPE_CHECKING:
+    from quantune.quantized.rounding import Rounding
 
 
 @attrs.frozen(eq=False)
@@ -126,6 +129,9 @@ class QuantLinear(nn.Linear):
     shards, saves or loads parameters handles it, and whatever would compute with it as if it were dense fails loudly.
     """
 
+    rounding: Rounding | None = None
+    """What rounds its inputs, and an adapter's sum with its weight, in quantization-aware training."""
+
     def __init__(
         self,
         in_features: int,
@@ -163,6 +169,8 @@ class QuantLinear(nn.Linear):
         return self.weight_format.dequantize(data, dtype or self.compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.rounding is not None and self.rounding.applies(self):
+            x = self.rounding.inputs(x)
         return packed_linear(x, self.weight, self.bias, self.weight_format)
 
     def extra_repr(self) -> str:

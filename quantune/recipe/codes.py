@@ -263,12 +263,12 @@ CODES = (
     ),
     Code(
         name="QT111",
-        title="qat asks for quantization-aware training.",
-        explanation="Quantization-aware training trains the weights so that they can be quantized later. Here the "
-        "base is packed from the start and frozen, and the adapter learns around what packing has lost, so there is "
-        "nothing left for it to do.",
+        title="qat is another tool's quantization-aware training.",
+        explanation="A table of that name at the top of a recipe names a format of its own. In quantune [quantization] "
+        "names the format, and [training.qat] trains for it: what is trained computes as it will when it is packed. "
+        "Write that, and remove the table.",
         example='[qat]\nweight_dtype = "int4"\n\n[quantization]\nbackend = "bnb"',
-        corrected='[quantization]\nbackend = "bnb"',
+        corrected='[quantization]\nbackend = "bnb"\n\n[training.qat]',
     ),
     Code(
         name="QT112",

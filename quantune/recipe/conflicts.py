@@ -11,6 +11,7 @@ from typing import Any
 
 import attrs
 
+from quantune.recipe.qat_conflicts import check_full, check_qat
 from quantune.recipe.schema import (
     ALL_LINEAR,
     AdapterConfig,
@@ -316,6 +317,8 @@ _RULES: tuple[tuple[tuple[str, ...], Callable[..., Iterable[Finding]]], ...] = (
     (("adapter",), _targets),
     (("adapter",), _adapter_parts),
     (("adapter", "quantization"), _loftq),
+    (("adapter", "training", "quantization"), check_full),
+    (("training", "adapter", "quantization"), check_qat),
     (("evaluation", "checkpoint"), _periods),
     (("training", "model"), _on_a_cpu),
     (("model",), _model_config),

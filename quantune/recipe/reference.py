@@ -20,7 +20,7 @@ import tomli
 
 from quantune.recipe import legacy
 from quantune.recipe.codes import CODES
-from quantune.recipe.schema import Recipe, SourceConfig, SpecialTokensConfig
+from quantune.recipe.schema import QatConfig, Recipe, SourceConfig, SpecialTokensConfig
 from quantune.recipe.structure import is_union
 
 INTRODUCTION = """\
@@ -121,6 +121,8 @@ def render(extra: Mapping[str, type] = MappingProxyType({})) -> str:
             parts.append(_section("[model.special_tokens]", SpecialTokensConfig))
         if field.name == "data":
             parts.append(_section("[[data.train]] and [[data.eval]]", SourceConfig))
+        if field.name == "training":
+            parts.append(_section("[training.qat]", QatConfig))
         if field.name == "quantization":
             parts += [_section(f'[quantization] with backend = "{name}"', cls) for name, cls in extra.items()]
     parts.append(OLDER_INTRODUCTION + "\n".join(map(_older_row, OLDER)) + "\n")
@@ -145,15 +147,16 @@ def _section(title: str, cls: type) -> str:
         "|---|---|---|---|",
     ]
     for field in attrs.fields(cls):
-        if field.name == "options" or attrs.has(_member(hints[field.name])):
+        if field.name == "options" or any(attrs.has(one) for one in _members(hints[field.name])):
             continue
         meaning = docs.get(field.name, "").replace("|", "\\|")
         lines.append(f"| `{field.name}` | {type_words(hints[field.name])} | {default_words(field)} | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
-def _member(annotation: Any) -> Any:
-    return get_args(annotation)[0] if get_origin(annotation) is tuple else annotation
+def _members(annotation: Any) -> tuple[Any, ...]:
+    """A type, and what a list of it or a choice among several holds."""
+    return (annotation, *get_args(annotation))
 
 
 def default_words(field: Any) -> str:

@@ -95,8 +95,9 @@ class QuantizationConfig:
 class AdapterConfig:
     """What is trained."""
 
-    type: Literal["lora"] = "lora"
-    """The kind of adapter."""
+    type: Literal["lora", "full"] = "lora"
+    """`lora`: a low-rank update of the weights of `targets`. `full`: the weights of `targets` themselves, which are
+    saved as an adapter that holds them whole. Over a base that [quantization] packs it needs `[training.qat]`."""
     r: int = attrs.field(default=16, validator=positive)
     """Rank of the update."""
     alpha: float = attrs.field(default=32.0, validator=[positive, finite])
@@ -205,6 +206,23 @@ class DataConfig:
 
 
 @attrs.frozen(kw_only=True)
+class QatConfig:
+    """Quantization-aware training: what is trained computes as it will when it is packed in the format of
+    `[quantization]`, in training from `fake_quant_after_steps` on and in every evaluation. The header alone takes every
+    default."""
+
+    lora_base: Literal["dense", "packed"] = "dense"
+    """What the sum of base and adapter is made of before it is rounded. `dense`: of the original weights, which the
+    adapted layers then hold in full size. `packed`: of the packed weights, which takes no more memory and learns less:
+    a weight that lies on the format's grid already leaves it only for a large update."""
+    activation_dtype: Literal["int8", "fp8"] | None = None
+    """Round the inputs of packed layers too, each token by a scale of its own, as a reader of the format does that
+    computes in 8 bits: `int8` with the torchao backend's int8, `fp8` with its fp8."""
+    fake_quant_after_steps: int = attrs.field(default=0, validator=at_least(0))
+    """Train so many steps without rounding what is trained."""
+
+
+@attrs.frozen(kw_only=True)
 class TrainingConfig:
     """The optimization."""
 
@@ -260,6 +278,8 @@ class TrainingConfig:
     """Where to train; `auto` takes a GPU when there is one."""
     seed: int = attrs.field(default=42, validator=at_least(0))
     """Seeds the adapter's initialization, the order of the data, and dropout."""
+    qat: QatConfig | None = None
+    """`[training.qat]`: train for the format of `[quantization]`, so that packing what was trained loses nothing."""
 
 
 @attrs.frozen(kw_only=True)

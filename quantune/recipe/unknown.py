@@ -13,7 +13,7 @@ from quantune.recipe import legacy
 from quantune.recipe.legacy.foreign import FOREIGN
 from quantune.recipe.legacy.reading import KEYS
 from quantune.recipe.positions import Path
-from quantune.recipe.schema import Recipe, SourceConfig, SpecialTokensConfig
+from quantune.recipe.schema import QatConfig, Recipe, SourceConfig, SpecialTokensConfig
 from quantune.recipe.structure import Finding
 
 _RECIPE_KEY = re.compile(r"`(\w+)\.([^`]*)`")
@@ -81,6 +81,7 @@ def _sections() -> Iterator[tuple[str, Sequence[str]]]:
         yield f"[{name}]", [field.name for field in attrs.fields(cls) if field.name != "options"]
     yield "[[data.train]]", [field.name for field in attrs.fields(SourceConfig)]
     yield "[model.special_tokens]", [field.name for field in attrs.fields(SpecialTokensConfig)]
+    yield "[training.qat]", [field.name for field in attrs.fields(QatConfig)]
 
 
 def _of_another_section(key: str) -> str | None:

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import attrs
 import torch
+from torch import nn
 
 from quantune.data.formats import read_prompt
 from quantune.data.tokenization import prompt_ids
-from quantune.model.adapter import load_adapter
-from quantune.model.base import open_base
+from quantune.model.base import open_base, skeleton
 from quantune.model.device import DTYPES, choose_device, choose_precision
 from quantune.model.load import packed_fingerprint
-from quantune.model.trained import load_trained_base
+from quantune.model.qat import plan_rounding
+from quantune.model.trained import load_trained_adapter, load_trained_base
 from quantune.recipe.schema import Recipe
 from quantune.training.evaluate import generate
 
@@ -42,17 +43,25 @@ def answer(
     config = recipe.model if trained_here else attrs.evolve(recipe.model, attn_implementation="auto")  # a GPU's, say
     base = open_base(config, recipe.quantization, allow_remote_code=allow_remote_code)
     dtype = DTYPES[choose_precision(recipe.training.precision if trained_here else "auto", device)]
+    precision, rounding = recipe.training.precision, None
+    if adapter is not None:
+        rounding = plan_rounding(
+            skeleton(base), recipe.training.qat, base.quantization, recipe.adapter, stored=base.stored
+        )
     model = load_trained_base(
         base,
         None if adapter is None else recipe.adapter,
         seed=recipe.training.seed,
-        precision=recipe.training.precision,
+        precision=precision,
         compute_dtype=dtype,
         device=device,
+        rounding=rounding,
     )
     if packed is not None and adapter is not None and packed_fingerprint(model) != packed:
         warn("the base packs to other bytes on this machine than it was trained on; answers may differ slightly")
-    answering = model if adapter is None else load_adapter(model, adapter)
+    answering: nn.Module = model
+    if adapter is not None:
+        answering = load_trained_adapter(model, adapter, precision=precision, rounding=rounding)
     answering.eval()
     torch.manual_seed(recipe.training.seed)
     answers = []

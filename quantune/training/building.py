@@ -18,7 +18,7 @@ from quantune.checkpoint.run_folder import PACKED
 from quantune.distributed.sharding import Root, shard
 from quantune.distributed.shares import Shares
 from quantune.distributed.world import World
-from quantune.model import adapter
+from quantune.model import adapter, qat
 from quantune.model.activations import offloading, recompute_blocks
 from quantune.model.base import Base
 from quantune.model.compilation import compile_blocks, suspended
@@ -27,6 +27,7 @@ from quantune.model.initialization import Initialization
 from quantune.model.load import load_model, module_table, packed_fingerprint
 from quantune.model.start import load_start
 from quantune.model.vocabulary import Additions
+from quantune.quantized.rounding import Rounding
 from quantune.recipe.schema import Recipe
 from quantune.training.loss import Loss, build_loss
 from quantune.training.memory import measure_peak
@@ -52,6 +53,8 @@ class Built:
     summary: ModelSummary
     fingerprints: Mapping[str, Any]
     """Of the weights as they were loaded."""
+    rounding: Rounding | None
+    """What layers round with, in quantization-aware training."""
 
 
 def build(recipe: Recipe, base: Base, meta: PreTrainedModel, start: Path | None, process: Process) -> Built:
@@ -66,7 +69,9 @@ def build(recipe: Recipe, base: Base, meta: PreTrainedModel, start: Path | None,
         offload = recipe.distributed.cpu_offload
         whole = adapter.needed_whole(meta, recipe.adapter, grown=base.additions != Additions())
         shares = Shares(world=process.world, mesh=mesh, device=device, offload=offload, whole=whole)
-    model, summary, packed = _load(recipe, base, device, split, start, shares, process.world)
+    plan = qat.plan_rounding(meta, recipe.training.qat, recipe.quantization, recipe.adapter, base.stored)
+    model, summary, packed = _load(recipe, base, device, split, start, shares, process.world, plan)
+    rounding = None if plan is None else qat.round_layers(model, plan, dtype=DTYPES[recipe.training.precision])
     process.observer.model(summary)
     root = Root(model)
     inner = model.get_base_model()
@@ -98,6 +103,7 @@ def build(recipe: Recipe, base: Base, meta: PreTrainedModel, start: Path | None,
         optimizer=build_optimizer(parameters, recipe.training),
         summary=summary,
         fingerprints=prints,
+        rounding=rounding,
     )
 
 
@@ -109,18 +115,23 @@ def _load(
     start: Path | None,
     shares: Shares | None,
     world: World,
+    plan: qat.RoundingPlan | None,
 ) -> tuple[PeftModel, ModelSummary, str]:
     """The base with an adapter, fresh or from `start`, what to say of it, and the fingerprint of its packed weights."""
     begun = time.perf_counter()
     dtype = DTYPES[recipe.training.precision]
     with measure_peak(device) as peak:
-        model = load_model(
-            base, recipe.quantization, compute_dtype=dtype, device=device, initialization=split, shares=shares
-        )
+        stored = recipe.quantization if plan is None else plan.stored
+        model = load_model(base, stored, compute_dtype=dtype, device=device, initialization=split, shares=shares)
     rows = module_table(model)  # before the adapter changes the modules' names
     packed = world.broadcast(packed_fingerprint(model, counts=world.main))
     peft_model = adapter.attach(
-        model, recipe.adapter, base_name=base.source, seed=recipe.training.seed, initialization=split
+        model,
+        recipe.adapter,
+        base_name=base.source,
+        seed=recipe.training.seed,
+        initialization=split,
+        rounds=plan is not None,
     )
     if start is not None:
         load_start(peft_model, start)
@@ -133,7 +144,7 @@ def _load(
         precision=recipe.training.precision,
         rows=rows,
         trainable=sum(parameter.numel() for parameter in adapter.trainable_parameters(peft_model).values()),
-        targets=sum(hasattr(module, "lora_A") for module in peft_model.modules()),
+        targets=adapter.adapted_layers(peft_model, recipe.adapter),
         peak_bytes=peak.nbytes,
         seconds=time.perf_counter() - begun,
     )

@@ -27,6 +27,7 @@ from quantune.distributed.shares import gathered
 from quantune.distributed.stopping import StopRequest
 from quantune.distributed.world import World
 from quantune.errors import NonFiniteError
+from quantune.quantized.rounding import Rounding
 from quantune.recipe.schema import EvaluationConfig, Recipe
 from quantune.training.loss import Loss
 from quantune.training.memory import peak_memory
@@ -58,6 +59,8 @@ class Job:
     """Tokens that every micro-batch is padded to at least."""
     layout: RowLayout = attrs.field(factory=RowLayout)
     """How packed rows are given to the model."""
+    rounding: Rounding | None = None
+    """What the model's layers round with, in quantization-aware training."""
 
 
 @attrs.define(kw_only=True)
@@ -148,6 +151,8 @@ def train_step(job: Job, step: int, *, asked: bool = False, failed: bool = False
     """
     begun = time.perf_counter()
     config = job.recipe.training
+    if job.rounding is not None and config.qat is not None:
+        job.rounding.begun = step >= config.qat.fake_quant_after_steps
     indices = drawn(job, step)
     samples = step_samples(job, indices)
     targets = sum(int(sample.is_target.sum()) for sample in samples)

@@ -28,7 +28,8 @@ def resolve(recipe: Recipe, *, device: torch.device, sample_count: int, longest:
         world: the processes that share the work.
 
     Raises:
-        InputError: the warm-up does not end within the run, or no evaluation comes up in it.
+        InputError: the warm-up does not end within the run, or no evaluation comes up in it, or rounding
+            never begins.
     """
     training = recipe.training
     total = total_steps(training, sample_count)
@@ -36,6 +37,12 @@ def resolve(recipe: Recipe, *, device: torch.device, sample_count: int, longest:
         raise InputError(
             f"[training] a warm-up of {training.warmup_steps} steps does not end within the run's {total} steps "
             f"({sample_count} samples, {training.batch_size} a step); lower warmup_steps, or raise epochs or max_steps"
+        )
+    if training.qat is not None and training.qat.fake_quant_after_steps >= total:
+        raise InputError(
+            f"[training.qat] fake_quant_after_steps = {training.qat.fake_quant_after_steps} never comes within the "
+            f"run's {total} steps ({sample_count} samples, {training.batch_size} a step); lower it, or raise epochs or "
+            "max_steps"
         )
     evaluation = _every_steps(recipe.evaluation, sample_count / training.batch_size)
     never = evaluation.every_steps is None or evaluation.every_steps > total

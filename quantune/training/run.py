@@ -203,6 +203,7 @@ def _train(
         micro_batch_size=recipe.training.micro_batch_size,
         pad_to=pad_to,
         layout=built.layout,
+        rounding=built.rounding,
     )
     recorder = Recorder(
         job=job, folder=folder, process=process, tokenizer=base.tokenizer, held_out=data.eval, identity=identity

@@ -33,6 +33,8 @@ def test_every_key_is_a_row_of_the_reference(cls):
         titles = [title for title, key in zip(titles, keys, strict=True) if key not in ("train", "eval")]
     if cls is schema.ModelConfig:
         titles[keys.index("special_tokens")] = "`[model.special_tokens]`"
+    if cls is schema.TrainingConfig:
+        titles[keys.index("qat")] = "`[training.qat]`"
     assert [title for title in titles if title not in page] == []
 
 

@@ -52,6 +52,11 @@ class TorchaoOptions:
             elif self.scaler_block_size < 1:
                 yield "scaler_block_size", f"must be greater than 0, found {self.scaler_block_size}"
 
+    def activation_dtypes(self) -> tuple[str, ...]:
+        """What torchao rounds the inputs of a layer of this format to, each token by a scale of its own."""
+        whole_rows = self.group_size is None
+        return (self.weight_dtype,) if self.weight_dtype in ("int8", "fp8") and whole_rows else ()
+
     def resolved(self) -> TorchaoOptions:
         """The same options with every default written out."""
         return attrs.evolve(

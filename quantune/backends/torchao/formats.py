@@ -135,7 +135,7 @@ class TorchaoBackend(Backend):
         return {part: stored_name(parameter, part) for part in PARTS}
 
     def stored_names(self, parameter: str, options: TorchaoOptions) -> Mapping[str, str]:
-        return {part: stored_name(parameter, part) for part in STORED.get(options.weight_dtype, PARTS)}
+        return {part: stored_name(parameter, part) for part in STORED.get(options.weight_dtype, ())}
 
     def reader(self, options: TorchaoOptions, activation_dtype: str | None = None) -> TorchaoReader:
         if options.weight_dtype == "nf4":

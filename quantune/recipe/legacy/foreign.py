@@ -28,6 +28,8 @@ class Foreign:
     against: str
     """Why that can't be had over a quantized base."""
     way_out: str
+    alone: str = "quantune does not do that"
+    """What is said of it where nothing quantizes the base."""
 
 
 FOREIGN = {
@@ -39,9 +41,10 @@ FOREIGN = {
     ),
     "qat": Foreign(
         code="QT111",
-        asks="asks for quantization-aware training, which trains the weights themselves",
-        against="those of a quantized base are frozen",
-        way_out="remove qat: the adapter learns around the packed weights anyway",
+        asks="asks for quantization-aware training in other tools' words",
+        against="it would name a format twice",
+        way_out="write [training.qat], which trains for the format of [quantization], and remove qat",
+        alone="here it trains for the format of [quantization]",
     ),
     "quantization": Foreign(
         code="QT112",
@@ -82,7 +85,7 @@ def refusal(key: str, written: str, base: tuple[Path, str] | None) -> Finding:
     """What is wrong with a foreign key that is switched on; `base` is the key that quantizes the base, if any."""
     foreign = FOREIGN[key]
     where, text = (None, "") if base is None else base
-    why = "quantune does not do that" if base is None else f"beside {text}, {foreign.against}"
+    why = foreign.alone if base is None else f"beside {text}, {foreign.against}"
     return Finding(
         code=foreign.code,
         path=(key,),

@@ -11,6 +11,7 @@ from quantune.recipe.migrate.adapter import targets
 from quantune.recipe.migrate.data import LENGTH, evaluates
 from quantune.recipe.migrate.datasets import PARTS, ROLES_THERE, format_of
 from quantune.recipe.migrate.prompts import prompt_of
+from quantune.recipe.migrate.qat import GROUP_SIZE, trains, trains_all_weights
 from quantune.recipe.migrate.quantization import ADAPTERS, spelled
 from quantune.recipe.migrate.rule import Config, RecipePath
 from quantune.recipe.migrate.training import batch_size, micro_batch_size, scheduled
@@ -52,6 +53,7 @@ _ROWS: tuple[tuple[str, str, Callable[[Config], Any], str], ...] = (
     ("training", "tf32", lambda config: True, f"{THERE}, on a GPU that has it"),
     ("checkpoint", "per_epoch", lambda config: 1, THERE),
     ("checkpoint", "keep", lambda config: 4, THERE),
+    ("quantization", "group_size", lambda config: GROUP_SIZE, f"{THERE} for qat"),
     ("evaluation", "batch_size", micro_batch_size, "micro_batch_size, the default there"),
     ("evaluation", "at_start", lambda config: True, THERE),
     ("evaluation", "at_end", lambda config: False, "nothing asked for an evaluation; true evaluates at the end"),
@@ -90,6 +92,8 @@ def _applies(section: str, key: str, config: Config, written: set[RecipePath]) -
         return "tf32" not in config.values  # a null switches it off
     if (section, key) == ("checkpoint", "per_epoch"):
         return (section, "every_steps") not in written and config.get("save_strategy") not in ("no", False)
+    if section == "quantization":
+        return trains(config) and config.get("qat")["weight_dtype"] == "int4"
     if section == "evaluation":
         held_out = is_off(config.get("test_datasets"))  # rows of their own are there to be evaluated
         wanted = {"batch_size": True, "at_start": scheduled(config), "at_end": held_out and not scheduled(config)}
@@ -119,7 +123,7 @@ def lacks(config: Config) -> Iterator[Lack]:
                     )
     if is_off(config.get("learning_rate")):
         yield Lack(key="learning_rate", message="expected learning_rate, found none", hint="2e-4 is usual for LoRA")
-    if is_off(config.get("adapter")):
+    if is_off(config.get("adapter")) and not trains_all_weights(config):
         yield from _no_adapter(config)
     elif config.get("adapter") in ADAPTERS and targets(config) is None and is_off(config.get("lora_target_parameters")):
         hint = "write lora_target_linear: true, or list names in lora_target_modules"

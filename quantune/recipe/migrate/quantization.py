@@ -55,6 +55,7 @@ _WAYS_OUT = {
     "QT103": "leave out load_in_4bit, or write adapter: lora to train on the base as it is",
     "QT104": "keep one of them: load_in_4bit is nf4, load_in_8bit is int8",
     "QT110": "choose the unquantized base with load_in_4bit: true, and remove gptq",
+    "QT111": "keep one of them: qat names the format itself, and trains for it on a base that is stored as it is",
     "QT113": "remove fp8; fp8 weights are model_quantization_config: {backend: torchao, weight_dtype: fp8}",
     "QT114": "remove relora; a larger lora_r reaches further",
     "QT116": "name it with its options: {backend: torchao, weight_dtype: int4}",
@@ -240,6 +241,18 @@ def _finding(leaf: Leaf) -> Finding | None:
     return next((finding for finding in above if finding), found.below.get(leaf.path))
 
 
+def is_quantized(config: Config) -> bool:
+    """Whether a key that the legacy pass knows names the format of the base, or contradicts another one about it."""
+    found = spelled(config)
+    return bool(found.findings) or ("quantization", "backend") in found.tables
+
+
+def said_of_foreign(config: Config, key: str) -> str | None:
+    """What is wrong with a key of a method that quantune does not have; None where it is off."""
+    finding = spelled(config).foreign.get(key)
+    return None if finding is None else _in_words(finding)
+
+
 def _in_words(finding: Finding) -> str:
     """What is wrong and what to do about it, in the words of a YAML."""
     message, hint = finding.message.replace(" = ", ": "), finding.hint
@@ -284,7 +297,6 @@ RULES: tuple[Rule, ...] = (
             (("gptq",), "a GPTQ checkpoint can't be trained on; choose the unquantized base with load_in_4bit: true"),
             (("fp8",), "quantune computes in bf16 or fp32"),
             (("relora",), "an adapter is never merged into a quantized base during training"),
-            (("qat", "qat.**"), "the quantized base is frozen, so that it can't be trained around"),
             (("quantization", "quantization.**"), "the base is quantized before training, not after it"),
         )
     ),

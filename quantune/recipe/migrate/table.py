@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from types import MappingProxyType
 
-from quantune.recipe.migrate import adapter, data, datasets, model, other, quantization, run, training
+from quantune.recipe.migrate import adapter, data, datasets, model, other, qat, quantization, run, training
 from quantune.recipe.migrate.reading import Path, _Index
 from quantune.recipe.migrate.rule import Rule
 
@@ -13,7 +13,7 @@ GROUPS: dict[str, tuple[Rule, ...]] = {
     "Model": model.RULES,
     "Data": (*datasets.RULES, *data.RULES),
     "Adapter": adapter.RULES,
-    "Quantization": quantization.RULES,
+    "Quantization": (*quantization.RULES, *qat.RULES),
     "Training": training.RULES,
     "Run": run.RULES,
     "Kernels, plugins, other methods": other.RULES,

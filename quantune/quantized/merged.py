@@ -1,0 +1,49 @@
+"""What base and adapter come to: the weight that a merge writes, and the one that rounded training computes with.
+
+Both call these functions, so that a packed merge writes the very bytes that were trained with.
+
+Shape suffixes: O out features, I in features, R rank.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quantune.backends.backend import Backend, pack_weight
+from quantune.backends.layout import PackedLayout, PackedWeight
+from quantune.errors import NonFiniteError
+
+
+def lora_delta(lora_A_RI: Tensor, lora_B_OR: Tensor, scaling: float) -> Tensor:
+    """The update of LoRA in the dtype of its factors, shape (O, I), rounded as PEFT rounds it."""
+    return (lora_B_OR @ lora_A_RI).mul_(scaling)
+
+
+def with_delta(weight: Tensor, delta: Tensor, magnitude_O: Tensor | None = None) -> Tensor:
+    """The weight with its update, fp32 (O, I); with the magnitudes of DoRA each row is scaled to its own.
+
+    Args:
+        weight: (O, I) of any float dtype, what the base computes with.
+        delta: (O, I).
+    """
+    merged = weight.float() + delta.float()
+    if magnitude_O is None:
+        return merged
+    return (magnitude_O.float() / torch.linalg.norm(merged, dim=1))[:, None] * merged
+
+
+def pack_merged(backend: Backend, merged: Tensor, layout: PackedLayout, *, name: str = "weight") -> PackedWeight:
+    """Pack a merged weight, (O, I), as `layout` says, from the dtype that the base's weight was packed from.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity.
+        QuantizationError: the format can't store these values.
+    """
+    merged = merged.to(layout.dtype)
+    if not torch.isfinite(merged).all():
+        raise NonFiniteError(
+            f"{name}: expected numbers to pack, found NaN or infinity in the sum of base and adapter; "
+            "lower [training] learning_rate"
+        )
+    return pack_weight(backend, merged, layout.options, name=name)
