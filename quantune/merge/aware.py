@@ -65,6 +65,8 @@ def pack_aware(
     model.eval()
     inner = inner_model(model)
     layers = {name: it for name, it in inner.named_modules() if isinstance(it, QuantLoraLinear)}
+    if not layers:
+        return AwarePacking(weights={}, emphasis=None, kl={})
     expected = predict(inner, windows)
     found: dict[float | None, float] = {}
     best: tuple[float | None, dict[str, PackedWeight]] = None, {}

@@ -59,20 +59,21 @@ def grid_of(backend: Backend, packed: PackedWeight) -> Grid | None:
         return None
     order = sorted((value, code) for code, value in enumerate(found) if math.isfinite(value))
     distinct = [pair for before, pair in zip([(math.nan, 0), *order], order, strict=False) if before[0] != pair[0]]
-    (low, low_code), (high, high_code) = distinct[0], distinct[-1]
+    by_size = sorted(distinct, key=lambda pair: abs(pair[0]))
+    (small, small_code), (large, large_code) = by_size[0], by_size[-1]
     device = packed.data.device
-    low_OI, high_OI = (
-        backend.dequantize(with_codes(backend, packed, codes), torch.float32)
-        for codes in (
-            torch.full(packed.layout.shape, code, dtype=torch.uint8, device=device) for code in (low_code, high_code)
-        )
-    )
-    scale_OI = (high_OI - low_OI) / (high - low)
+
+    def all_of(code: int) -> Tensor:
+        codes_OI = torch.full(packed.layout.shape, code, dtype=torch.uint8, device=device)
+        return backend.dequantize(with_codes(backend, packed, codes_OI), torch.float32)
+
+    small_OI = all_of(small_code)
+    scale_OI = (all_of(large_code) - small_OI) / (large - small)
     return Grid(
         values_C=torch.tensor([value for value, _ in distinct], device=device),
         codes_C=torch.tensor([code for _, code in distinct], dtype=torch.uint8, device=device),
         scale_IO=scale_OI.T.contiguous(),
-        offset_IO=(low_OI - low * scale_OI).T.contiguous(),
+        offset_IO=(small_OI - small * scale_OI).T.contiguous(),
     )
 
 
