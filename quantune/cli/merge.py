@@ -212,7 +212,7 @@ class ConsoleObserver:
             err.print(f"[dim]{escape(text)}[/]")
 
     def begin(self, nbytes: int) -> None:
-        self.bar.update(self.task, total=nbytes)
+        self.bar.update(self.task, total=nbytes, completed=0)
 
     def wrote(self, nbytes: int) -> None:
         self.bar.advance(self.task, nbytes)
