@@ -52,10 +52,15 @@ def choose_weights(opened: Opened, request: MergeRequest, observer: Observer) ->
     """The packed weights of adapted linear layers, by parameter, their roundings chosen for what the layers read.
 
     Raises:
-        QuantizationError: the format's codes can't be chosen one by one.
+        QuantizationError: the format's codes can't be chosen one by one, or there is nothing to choose.
     """
     plan = opened.plan
     assert plan is not None
+    if opened.setting.qat is not None:
+        raise QuantizationError(
+            "--aware: a run with [training.qat] computed with packed weights already, and --onto packed writes those; "
+            "leave it out"
+        )
     if plan.backend.element_values(plan.options) is None:
         raise QuantizationError(
             f"--aware: the backend {plan.backend.name} does not say which values its codes stand for, so none can be "
