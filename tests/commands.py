@@ -55,7 +55,7 @@ print(json.dumps(done))
 def in_turn(commands: Sequence[Sequence[str]], *, cwd: Path = ROOT, **variables: str) -> list[list[Any]]:
     """Run commands one after the other in one Python that has imported nothing yet.
 
-    Returns the exit code of each, what it wrote to standard output and error, and the packages that are imported by then.
+    Returns the exit code of each, what it wrote to standard output and error, and the packages imported by then.
     """
     env = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", **variables}
     command = [sys.executable, "-c", IN_TURN, json.dumps(commands)]
