@@ -133,8 +133,7 @@ class UseChecks:
             pytest.skip("no checkpoint holds this format")
         require(
             names.keys() >= exported.keys() and len(set(names.values())) == len(names),
-            f"stored_names must name every tensor of export, {sorted(exported)}, each differently; "
-            f"found {dict(names)}",
+            f"stored_names must name every tensor of export, {sorted(exported)}, each differently; found {dict(names)}",
         )
         with expecting_no_error("checkpoint_problem({})", "It says in a sentence what does not fit, or None."):
             problem = subject.options.checkpoint_problem({})
