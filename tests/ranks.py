@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -30,6 +31,7 @@ def on_ranks(size: int, function: Callable[..., Any], *arguments: Any) -> list[A
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     pipes, processes = [], []
+    gc.collect()  # process groups that were used here live on in cycles, with threads that no child has
     for rank in range(size):
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_serve, args=(rank, size, port, theirs, function, arguments), daemon=True)

@@ -70,6 +70,18 @@ class Backend(abc.ABC):
         """
         return tensors
 
+    def element_values(self, options: Any) -> tuple[float, ...] | None:
+        """The value of each element code, from 0, before scales; NaN for codes that stand for no number.
+
+        A weight is such a value times a scale of its own, plus an offset of its own. None for a format that is not so,
+        or whose codes must not be chosen one by one.
+        """
+        return None
+
+    def with_elements(self, packed: PackedWeight, codes: Tensor) -> Mapping[str, Tensor]:
+        """The inner tensors of a packed weight with other element codes, uint8 (out features, in features)."""
+        raise NotImplementedError
+
     def checkpoint_names(self, parameter: str) -> Mapping[str, str]:
         """What checkpoints of this format call the tensors of `export`, for a parameter called `parameter`."""
         return {"weight": parameter}

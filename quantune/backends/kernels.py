@@ -141,6 +141,16 @@ def encode_e4m3(values: Tensor) -> Tensor:
     return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
+def e4m3_values() -> tuple[float, ...]:
+    """The value of each float8_e4m3fn code; NaN for two of them."""
+    return tuple(torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().tolist())
+
+
+def int8_values() -> tuple[float, ...]:
+    """The value of each signed 8-bit integer, by its bits."""
+    return tuple(torch.arange(256, dtype=torch.uint8).view(torch.int8).float().tolist())
+
+
 E4M3_UNIT = 256.0
 """`decode_e4m3` leaves values / 256: the bits of E4M3 read as fp16, whose exponent is biased by 8 more."""
 

@@ -92,6 +92,14 @@ def merge(
         typer.Option("--recipe", metavar="FILE", help="How the adapter was trained, where its folder does not say."),
     ] = None,
     device: Annotated[Device, typer.Option("--device", help="Where to pack and add.")] = Device.auto,
+    aware: Annotated[
+        bool,
+        typer.Option(
+            "--aware",
+            help="With --onto packed: choose the roundings for what the layers read on the training data. Keeps far "
+            "more of the adapter, and takes a few passes over a sample of it.",
+        ),
+    ] = False,
     verify: Annotated[
         bool | None,
         typer.Option(
@@ -112,6 +120,11 @@ def merge(
 ) -> None:
     """Merge an adapter into its base, as a checkpoint that transformers loads."""
     named = _named(trained, adapters)
+    if aware and onto is not Onto.packed:
+        raise InputError(
+            f"--aware chooses how weights are packed, and --onto {onto.value} packs none; "
+            "add --onto packed, or leave it out"
+        )
     with ConsoleObserver(quiet=as_json) as observer:
         observer.phase("importing torch and transformers")
         quiet_libraries()
@@ -134,6 +147,7 @@ def merge(
             max_shard_size=max_shard_size,
             force=force,
             overwrite=overwrite,
+            aware=aware,
             verify=verify,
             trust_remote_code=trust_remote_code,
         )
@@ -150,10 +164,10 @@ def merge(
     elif compare:
         print_ways(ways)
     else:
-        print_result(result, onto.value)
+        print_result(result, onto.value, aware=aware)
 
 
-def print_result(result: MergeResult, onto: str) -> None:
+def print_result(result: MergeResult, onto: str, *, aware: bool = False) -> None:
     """What was merged, on standard output."""
     parts = [f"{result.merged} weights merged"]
     if result.dequantized:
@@ -162,7 +176,7 @@ def print_result(result: MergeResult, onto: str) -> None:
     out.print(f"[bold]{escape(str(result.folder))}[/]  {size(result.nbytes)} in {result.seconds:.1f} s")
     out.print(f"{', '.join(parts)}; {result.dtype}, onto the {onto} base")
     if result.verification is not None:
-        print_verification(result.verification, exact=onto == "dequantized")
+        print_verification(result.verification, way="packed, aware" if aware else onto)
 
 
 class ConsoleObserver:
@@ -198,7 +212,7 @@ class ConsoleObserver:
             err.print(f"[dim]{escape(text)}[/]")
 
     def begin(self, nbytes: int) -> None:
-        self.bar.update(self.task, total=nbytes)
+        self.bar.update(self.task, total=nbytes, completed=0)
 
     def wrote(self, nbytes: int) -> None:
         self.bar.advance(self.task, nbytes)

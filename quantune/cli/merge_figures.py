@@ -13,25 +13,49 @@ if TYPE_CHECKING:
     from quantune.merge.verify import Verification
 
 
-def print_verification(verification: Verification, *, exact: bool) -> None:
+def print_verification(verification: Verification, *, way: str) -> None:
     """What was found, on standard output; a problem is the caller's to raise.
 
-    Where the merge is an `exact` one it has passed; others are approximations, whose distance is said.
+    The `way` of merging is one of a comparison: `dequantized` has passed, others are approximations, whose distance is
+    said.
     """
     found = verification.found
-    mark = "[green]verified[/]" if exact else "[yellow]an approximation[/]"
+    if way != "dequantized":
+        _print_approximation(verification, way)
+        return
     effect = "" if verification.adapter is None else f"; the base alone is {_nats(verification.adapter.kl)} away"
     out.print(
-        f"{mark}: KL {_nats(found.kl)} per token from base + adapter (bound {_nats(verification.kl_bound)}), logits "
-        f"within {found.max_difference:.1e} (bound {verification.difference_bound:.1e}), same likeliest token in "
-        f"{found.agreement:.2%} of {found.tokens:,} tokens of {escape(verification.prompts)}{effect}"
+        f"[green]verified[/]: KL {_nats(found.kl)} per token from base + adapter (bound "
+        f"{_nats(verification.kl_bound)}), logits within {found.max_difference:.1e} (bound "
+        f"{verification.difference_bound:.1e}), {_agreement(verification)}{effect}"
     )
-    if exact and not verification.telling:
+    if not verification.telling:
         name = str(verification.dtype).removeprefix("torch.")
         warning(
             f"the adapter changes the answers less than a rounding of the weights to {name} may: a merge that lost it "
             "would pass as well. A longer training, or --dtype fp32, can be told apart"
         )
+
+
+def _print_approximation(verification: Verification, way: str) -> None:
+    from quantune.merge.comparison import warning as warning_of
+
+    base, kept = verification.base_loss, verification.kept
+    share = ""
+    if base is not None and kept is not None:
+        share = f", {kept:.1%} of the improvement from {base:.4f} to {verification.trained_loss:.4f}"
+    out.print(
+        f"[yellow]an approximation[/]: loss {verification.loss:.4f}{share}; KL {_nats(verification.found.kl)} per "
+        f"token from base + adapter, {_agreement(verification)}"
+    )
+    text = warning_of(way, kept)
+    if text is not None:
+        warning(text)
+
+
+def _agreement(verification: Verification) -> str:
+    found = verification.found
+    return f"same likeliest token in {found.agreement:.2%} of {found.tokens:,} tokens of {escape(verification.prompts)}"
 
 
 def print_ways(ways: WaysTable) -> None:
@@ -48,7 +72,7 @@ def print_ways(ways: WaysTable) -> None:
         "of the loss, from the base to base + adapter"
     )
     for row in ways.rows[2:]:
-        text = warning_of(row)
+        text = warning_of(row.way, row.kept)
         if text is not None:
             warning(text)
 

@@ -9,13 +9,12 @@ import attrs
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.nn import functional
 
-from quantune.comparison.outputs import Predictions, predict
+from quantune.comparison.outputs import Predictions
 from quantune.errors import VerificationError
-from quantune.merge.distance import divergence, logit_chunks
+from quantune.merge.answers import with_adapter, without_adapter
+from quantune.merge.distance import distance, improvement_kept, mean_loss
 from quantune.merge.prompts import Prompts
-from quantune.merge.verify import inner_model, without_adapter
 
 BASE = "base, no adapter"
 TRAINED = "base + adapter"
@@ -53,11 +52,6 @@ class WayRow:
         """exp(loss)."""
         return math.exp(min(self.loss, 700.0))
 
-    @property
-    def drowned(self) -> bool:
-        """Whether a good part of what was trained is lost."""
-        return self.kept is not None and self.kept < ENOUGH
-
 
 @attrs.frozen(kw_only=True)
 class WaysTable:
@@ -74,9 +68,8 @@ class WaysTable:
 
 def rows(base: Figures, trained: Figures, ways: Mapping[str, Figures]) -> tuple[WayRow, ...]:
     """A row for the base, one for base + adapter, and one for each of the `ways`, in their order."""
-    gain = base.loss - trained.loss
     return tuple(
-        WayRow(way=way, loss=it.loss, kl=it.kl, kept=(base.loss - it.loss) / gain if gain > 0 else None)
+        WayRow(way=way, loss=it.loss, kl=it.kl, kept=improvement_kept(base.loss, trained.loss, it.loss))
         for way, it in {BASE: base, TRAINED: trained, **ways}.items()
     )
 
@@ -97,11 +90,12 @@ def measure_trained(model: PeftModel, prompts: Prompts) -> Trained:
     Raises:
         VerificationError: a logit is NaN or infinite, or the prompts have no target token.
     """
-    model.eval()
-    trained = _of_targets(predict(inner_model(model), prompts.windows), prompts)
-    base = _of_targets(without_adapter(model, prompts), prompts)
+    if not prompts.targets_N.any():
+        raise VerificationError(f"expected target tokens in {prompts.source}, found none: there is no loss to compare")
+    trained = _of_targets(with_adapter(model, prompts.windows), prompts)
+    base = _of_targets(without_adapter(model, prompts.windows), prompts)
     return Trained(
-        predictions=trained, base=figures(base, trained, prompts), trained=figures(trained, trained, prompts)
+        predictions=trained, base=_figures(base, trained, prompts), trained=_figures(trained, trained, prompts)
     )
 
 
@@ -111,8 +105,7 @@ def measure(model: nn.Module, trained: Trained, prompts: Prompts) -> Figures:
     Raises:
         VerificationError: it has another vocabulary, or a logit is NaN or infinite.
     """
-    model.eval()
-    return figures(_of_targets(predict(inner_model(model), prompts.windows), prompts), trained.predictions, prompts)
+    return _figures(_of_targets(with_adapter(model, prompts.windows), prompts), trained.predictions, prompts)
 
 
 def _of_targets(predictions: Predictions, prompts: Prompts) -> Predictions:
@@ -120,22 +113,11 @@ def _of_targets(predictions: Predictions, prompts: Prompts) -> Predictions:
     return attrs.evolve(predictions, states_ND=states_ND[prompts.targets_N.to(states_ND.device)])
 
 
-@torch.no_grad()
-def figures(found: Predictions, reference: Predictions, prompts: Prompts) -> Figures:
-    """The loss of `found` and its distance from `reference` (base + adapter), both for the target tokens alone.
-
-    Raises:
-        VerificationError: they have other vocabularies, or a logit is NaN or infinite.
-    """
-    tokens = [token for row in prompts.windows.rows for token in row[1:]]
-    targets_N = torch.tensor(tokens)[prompts.targets_N].to(found.states_ND.device)
-    if not len(targets_N):
-        raise VerificationError(f"expected target tokens in {prompts.source}, found none: there is no loss to compare")
-    loss, kl = 0.0, 0.0
-    for part, expected_NV, found_NV in logit_chunks(reference, found):
-        loss += float(functional.cross_entropy(found_NV, targets_N[part], reduction="sum"))
-        kl += float(divergence(expected_NV, found_NV).sum())
-    return Figures(loss=loss / len(targets_N), kl=kl / len(targets_N))
+def _figures(found: Predictions, reference: Predictions, prompts: Prompts) -> Figures:
+    """The loss of `found` and its distance from `reference`, both for the target tokens alone."""
+    tokens_N = prompts.tokens_N[prompts.targets_N]
+    everywhere_N = torch.ones(len(tokens_N), dtype=torch.bool)
+    return Figures(loss=mean_loss(found, tokens_N, everywhere_N), kl=distance(reference, found).kl)
 
 
 def table(prompts: Prompts, trained: Trained, ways: Mapping[str, Figures]) -> WaysTable:
@@ -148,12 +130,14 @@ def table(prompts: Prompts, trained: Trained, ways: Mapping[str, Figures]) -> Wa
     )
 
 
-def warning(row: WayRow) -> str | None:
+def warning(way: str, kept: float | None) -> str | None:
     """What the person should know of a way that loses a good part of what was trained."""
-    if not row.drowned or row.kept is None:
+    if kept is None or kept >= ENOUGH:
         return None
-    much = "none" if row.kept <= 0 else f"only {row.kept:.0%}"
+    much = "none" if kept <= 0 else f"only {kept:.0%}"
+    why = "it was trained on other weights" if way == "original" else "the rounding of the weights drowns it"
+    aware = "--aware keeps more of it; " if way == "packed" else ""
     return (
-        f"{row.way} keeps {much} of the adapter's improvement: the rounding of the weights drowns it. Merge with "
-        "--onto dequantized, which keeps all of it, or serve the packed base with the adapter beside it"
+        f"{way} keeps {much} of the adapter's improvement: {why}. {aware}--onto dequantized keeps all of it, and so "
+        "does serving the packed base with the adapter beside it"
     )

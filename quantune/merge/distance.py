@@ -8,11 +8,13 @@ less, is lost in the rounding of single precision.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import attrs
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from quantune.comparison.outputs import Predictions
 from quantune.errors import VerificationError
@@ -58,16 +60,37 @@ def distance(reference: Predictions, candidate: Predictions) -> Distance:
     )
 
 
+@torch.no_grad()
+def mean_loss(predictions: Predictions, tokens_N: Tensor, counted_N: Tensor) -> float:
+    """The mean cross-entropy in nats over the tokens that count; NaN where none does.
+
+    Args:
+        tokens_N: the tokens that are predicted, int64.
+        counted_N: which of them count, bool.
+    """
+    states_ND = predictions.states_ND[counted_N.to(predictions.states_ND.device)]
+    labels_N = tokens_N[counted_N].to(states_ND.device)
+    only = attrs.evolve(predictions, states_ND=states_ND)
+    sums = [
+        functional.cross_entropy(only.head(states_ND[rows]).double(), labels_N[rows], reduction="sum")
+        for rows in _chunks(only)
+    ]
+    return float(torch.stack(sums).sum()) / len(labels_N) if sums else math.nan
+
+
+def improvement_kept(base: float, trained: float, merged: float) -> float | None:
+    """The fraction of an adapter's improvement of the loss that is left: 1 for all of it, 0 for the base's loss; None
+    where the adapter improves nothing."""
+    return (base - merged) / (base - trained) if trained < base else None
+
+
 def logit_chunks(reference: Predictions, candidate: Predictions) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """The logits of two models, fp64 (chunk, V) each, in chunks that take as much memory as a loss does.
 
     Raises:
         VerificationError: they have other vocabularies, or a logit is NaN or infinite.
     """
-    count = len(reference.states_ND)
-    size = max(1, CHUNK_BYTES // (8 * reference.head(reference.states_ND[:1]).shape[-1]))
-    for start in range(0, count, size):
-        rows = slice(start, min(count, start + size))
+    for rows in _chunks(reference):
         expected_NV, found_NV = (it.head(it.states_ND[rows]).double() for it in (reference, candidate))
         if expected_NV.shape != found_NV.shape:
             raise VerificationError(
@@ -77,6 +100,13 @@ def logit_chunks(reference: Predictions, candidate: Predictions) -> Iterator[tup
         if not torch.isfinite(_difference(expected_NV, found_NV)).all():
             raise VerificationError("a model's logits are NaN or infinite: they can't be compared")
         yield rows, expected_NV, found_NV
+
+
+def _chunks(predictions: Predictions) -> Iterator[slice]:
+    count = len(predictions.states_ND)
+    if count:
+        size = max(1, CHUNK_BYTES // (8 * predictions.head(predictions.states_ND[:1]).shape[-1]))
+        yield from (slice(start, min(count, start + size)) for start in range(0, count, size))
 
 
 def divergence(expected_NV: Tensor, found_NV: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from quantune.checkpoint.fingerprint import environment
 from quantune.checkpoint.run_folder import PACKED
 from quantune.merge.companions import write_companions
 from quantune.merge.opening import Opened, head_unit, open_merge, require_onto, require_places
-from quantune.merge.packed import pack_into, plan_packed
+from quantune.merge.packed import choose_weights, pack_into, plan_packed
 from quantune.merge.request import MergeRequest, MergeResult, Observer
 from quantune.merge.trial import try_merged
 from quantune.merge.verify import Verification
@@ -76,8 +76,9 @@ def write(opened: Opened, request: MergeRequest, observer: Observer, trial: Try 
         packing = plan_packed(opened, found, job.source, job.main_dtype) if request.onto == "packed" else None
         if opened.untied:
             found.append(head_unit(found, opened.model))
+        chosen = choose_weights(opened, request, observer) if request.aware else {}
         observer.phase("merging")
-        written = pack_into(job, packing, found) if packing is not None else job
+        written = pack_into(job, packing, found, chosen) if packing is not None else job
         nbytes = rewrite(job.source, found, written, output, observer, max_shard_size=request.max_shard_size)
         if request.onto == "dequantized" and opened.base.stored is None:
             _compare_packed(request, job.notes, observer)
@@ -152,6 +153,7 @@ def _identity(opened: Opened, request: MergeRequest) -> dict[str, Any]:
         "model": attrs.asdict(opened.setting.model),
         "qat": None if opened.setting.qat is None else attrs.asdict(opened.setting.qat),
         "onto": request.onto,
+        "aware": request.aware,
         "dtype": str(request.dtype),
         "max_shard_size": request.max_shard_size,
         "versions": environment()["versions"],
@@ -169,7 +171,7 @@ def _compare_packed(request: MergeRequest, digests: Mapping[str, str], observer:
 
 def _report(result: MergeResult, request: MergeRequest, identity: Mapping[str, Any]) -> str:
     document = {
-        **{key: identity[key] for key in ("adapters", "base", "quantization", "onto", "versions")},
+        **{key: identity[key] for key in ("adapters", "base", "quantization", "onto", "aware", "versions")},
         "dtype": result.dtype,
         "merged": result.merged,
         "dequantized": result.dequantized,

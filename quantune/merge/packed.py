@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
+from quantune.backends.layout import PackedWeight
 from quantune.errors import QuantizationError
+from quantune.merge.aware import pack_aware
 from quantune.merge.opening import Opened
+from quantune.merge.request import MergeRequest, Observer
+from quantune.merge.trial import load_reference, prompts_for
 from quantune.merge.weights import MergeJob
-from quantune.quantize.packer import Packer, plan_packing
+from quantune.quantize.packer import Packer, Part, plan_packing
 from quantune.quantize.quantize import Packing
 from quantune.streaming.adopted import AdoptedSource
 from quantune.streaming.mapping import Unit
@@ -44,10 +48,29 @@ def plan_packed(opened: Opened, found: Sequence[Unit], source: Source, dtype: to
         ) from error
 
 
-def pack_into(job: MergeJob, packer: Packer, found: Sequence[Unit]) -> PackedMerge:
-    """`job`, its weights packed."""
+def choose_weights(opened: Opened, request: MergeRequest, observer: Observer) -> Mapping[str, PackedWeight]:
+    """The packed weights of adapted linear layers, by parameter, their roundings chosen for what the layers read.
+
+    Raises:
+        QuantizationError: the format's codes can't be chosen one by one.
+    """
+    plan = opened.plan
+    assert plan is not None
+    if plan.backend.element_values(plan.options) is None:
+        raise QuantizationError(
+            f"--aware: the backend {plan.backend.name} does not say which values its codes stand for, so none can be "
+            "chosen; leave it out"
+        )
+    model = load_reference(opened, request)
+    prompts = prompts_for(opened, request, trained_on=True)
+    made = pack_aware(model, opened.update.apply, prompts.windows, observer.phase)
+    return {f"{name}.weight": weight for name, weight in made.weights.items()}
+
+
+def pack_into(job: MergeJob, packer: Packer, found: Sequence[Unit], chosen: Mapping[str, PackedWeight]) -> PackedMerge:
+    """`job`, its weights packed, but for those that are `chosen` already, by parameter."""
     dense = attrs.evolve(job, kept_in=dict.fromkeys(packer.parts, packer.packed_from))
-    return PackedMerge(dense=dense, merge=dense, packer=packer, units=found)
+    return PackedMerge(dense=dense, merge=dense, packer=packer, units=found, chosen=chosen)
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -55,6 +78,11 @@ class PackedMerge(Packing):
     """Packs what is merged; what the adapter left alone keeps the bytes that it was trained with."""
 
     merge: MergeJob
+    chosen: Mapping[str, PackedWeight]
+    """Weights that are packed already, by parameter."""
+
+    def pack(self, part: Part, tensor: Tensor) -> list[PackedWeight]:
+        return [self.chosen[part.parameter]] if part.parameter in self.chosen else super().pack(part, tensor)
 
     def tensors(self, unit: Unit) -> Iterable[tuple[str, Tensor]]:
         source = self.merge.source

@@ -35,6 +35,11 @@ class Prompts:
     """Shape (predicted tokens,), bool: the tokens that the loss is about. All rows one after the other, the first token
     of each left out."""
 
+    @property
+    def tokens_N(self) -> Tensor:
+        """The predicted tokens themselves, int64."""
+        return torch.tensor([token for row in self.windows.rows for token in row[1:]])
+
 
 def prompts_of(
     recipe: Recipe | None,
@@ -42,6 +47,7 @@ def prompts_of(
     *,
     vocabulary_size: int | None = None,
     positions: int | None = None,
+    trained_on: bool = False,
     max_tokens: int = MAX_TOKENS,
 ) -> Prompts:
     """Prompts from the evaluation data of a recipe, else from its training data, else from the built-in text.
@@ -51,11 +57,12 @@ def prompts_of(
     Args:
         vocabulary_size: rows of the embedding.
         positions: most tokens that the model takes.
+        trained_on: take the training data, so that the evaluation data stays unseen.
     """
     why = ""
     if recipe is not None:
         try:
-            samples, name, held_out = _samples(recipe, tokenizer, vocabulary_size)
+            samples, name, held_out = _samples(recipe, tokenizer, vocabulary_size, trained_on)
             return _prompts(spread(samples, max_tokens), name, held_out, positions)
         except DataError as error:
             why = f" (not the run's data: {error})"
@@ -73,14 +80,14 @@ def spread(samples: Sequence[Sample], max_tokens: int) -> Sequence[Sample]:
 
 
 def _samples(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int | None
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, vocabulary_size: int | None, trained_on: bool
 ) -> tuple[Sequence[Sample], str, bool]:
-    if recipe.data.eval:  # the training data may be large and is not needed
+    if recipe.data.eval and not trained_on:  # the training data may be large and is not needed
         data = build(recipe.data.eval, recipe.data, tokenizer, vocabulary_size=vocabulary_size)
         return data.samples, "the run's evaluation data", True
     config = attrs.evolve(recipe.data, packing=False)
     read = prepare(config, tokenizer, seed=recipe.training.seed, vocabulary_size=vocabulary_size)
-    if read.eval is not None:
+    if read.eval is not None and not trained_on:
         return read.eval.samples, "what the run held out", True
     return read.train.samples, "the run's training data", False
 

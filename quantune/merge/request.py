@@ -123,6 +123,8 @@ class MergeRequest:
     force: bool = False
     """Merge although the base is not the one that was trained on."""
     overwrite: bool = False
+    aware: bool = False
+    """Onto packed: choose the roundings for what the layers read, see `quantune.merge.aware`."""
     verify: bool | None = None
     """Compare the merged model with base and adapter; None where that is cheap enough."""
     trust_remote_code: bool = False

@@ -59,14 +59,15 @@ def try_merged(
     return found
 
 
-def prompts_for(opened: Opened, request: MergeRequest) -> Prompts:
-    """What a merged model is tried on: less of it where that takes long."""
+def prompts_for(opened: Opened, request: MergeRequest, *, trained_on: bool = False) -> Prompts:
+    """What a merged model is tried on, or with `trained_on` what it is made with: less of it where that takes long."""
     embedding: Any = opened.model.get_input_embeddings()
     return prompts_of(
         request.recipe,
         opened.base.tokenizer,
         vocabulary_size=embedding.num_embeddings,
         positions=getattr(opened.base.config.get_text_config(), "max_position_embeddings", None),
+        trained_on=trained_on,
         max_tokens=MAX_TOKENS if _weights(opened) <= SMALL else FEW_TOKENS,
     )
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import attrs
 import torch
@@ -22,7 +21,8 @@ from transformers import PreTrainedModel
 
 from quantune.comparison.outputs import Predictions, predict
 from quantune.errors import VerificationError
-from quantune.merge.distance import Distance, distance
+from quantune.merge.answers import with_adapter, without_adapter
+from quantune.merge.distance import Distance, distance, improvement_kept, mean_loss
 from quantune.merge.prompts import Prompts
 
 MARGIN = 4.0
@@ -50,6 +50,17 @@ class Verification:
     """Between the merged model and itself after one more rounding of all weights."""
     adapter: Distance | None
     """Between base + adapter and the base alone: what a merge that lost the adapter would be off by."""
+    base_loss: float | None
+    """Mean cross-entropy of the base alone over the target tokens, in nats."""
+    trained_loss: float
+    """That of base + adapter."""
+    loss: float
+    """That of the merged model."""
+
+    @property
+    def kept(self) -> float | None:
+        """The fraction of the adapter's improvement that the merged model has; None where there is none."""
+        return None if self.base_loss is None else improvement_kept(self.base_loss, self.trained_loss, self.loss)
 
     @property
     def kl_bound(self) -> float:
@@ -127,43 +138,32 @@ def measure(
     dtype: torch.dtype,
 ) -> Verification:
     """As `verify`, without judging."""
-    expected, effect = _reference(reference(), prompts)
+    expected, effect, base_loss = _reference(reference(), prompts)
     gc.collect()  # a model of transformers and PEFT refers to itself
     merged = candidate()
-    merged.eval()
-    predictions = predict(merged, prompts.windows)
+    predictions = with_adapter(merged, prompts.windows)
     found = distance(expected, predictions)
+    trained_loss, loss = (mean_loss(it, prompts.tokens_N, prompts.targets_N) for it in (expected, predictions))
     del expected
-    rounding = _one_more_rounding(merged, predictions, dtype, prompts)
-    return Verification(dtype=dtype, prompts=prompts.source, found=found, rounding=rounding, adapter=effect)
+    return Verification(
+        dtype=dtype,
+        prompts=prompts.source,
+        found=found,
+        rounding=_one_more_rounding(merged, predictions, dtype, prompts),
+        adapter=effect,
+        base_loss=base_loss,
+        trained_loss=trained_loss,
+        loss=loss,
+    )
 
 
-def inner_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model, with its adapters in it."""
-    inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return inner
-
-
-def _reference(model: nn.Module, prompts: Prompts) -> tuple[Predictions, Distance | None]:
-    """What base + adapter predict, and how far the base alone is from that."""
-    model.eval()
-    inner = inner_model(model)
-    expected = predict(inner, prompts.windows)
+def _reference(model: nn.Module, prompts: Prompts) -> tuple[Predictions, Distance | None, float | None]:
+    """What base + adapter predict, how far the base alone is from that, and its loss."""
+    expected = with_adapter(model, prompts.windows)
     if not isinstance(model, PeftModel):
-        return expected, None
-    return expected, distance(expected, without_adapter(model, prompts))
-
-
-def without_adapter(model: PeftModel, prompts: Prompts) -> Predictions:
-    """What the base alone predicts; to be used while `model` is there."""
-    with model.disable_adapter():
-        without = predict(inner_model(model), prompts.windows)
-
-    def head(states: Tensor) -> Tensor:
-        with model.disable_adapter():  # the head may be adapted too
-            return without.head(states)
-
-    return attrs.evolve(without, head=head)
+        return expected, None, None
+    without = without_adapter(model, prompts.windows)
+    return expected, distance(expected, without), mean_loss(without, prompts.tokens_N, prompts.targets_N)
 
 
 def _one_more_rounding(

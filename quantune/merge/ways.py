@@ -17,7 +17,15 @@ from quantune.merge.merge import write
 from quantune.merge.opening import open_merge, require_onto
 from quantune.merge.request import MergeRequest, Observer
 from quantune.merge.trial import load_merged, load_reference, prompts_for
-from quantune.merge.weights import ONTO
+from quantune.merge.weights import Onto
+
+WAYS: dict[str, tuple[Onto, bool]] = {
+    "dequantized": ("dequantized", False),
+    "original": ("original", False),
+    "packed": ("packed", False),
+    "packed, aware": ("packed", True),
+}
+"""What each way is in a request: onto what, and whether roundings are chosen."""
 
 
 def compare_ways(request: MergeRequest, device: torch.device, observer: Observer) -> WaysTable:
@@ -38,16 +46,18 @@ def compare_ways(request: MergeRequest, device: torch.device, observer: Observer
     ways: dict[str, Figures] = {}
     folder = Path(tempfile.mkdtemp(prefix=".quantune-compare-", dir=parent))
     try:
-        for onto in ONTO:
-            out = folder / onto
+        for way, (onto, aware) in WAYS.items():
+            if aware and "packed" not in ways:
+                continue  # for the same reason
+            out = folder / way
             try:
                 require_onto(opened, onto)
-                write(opened, attrs.evolve(request, onto=onto, out=out), observer)
+                write(opened, attrs.evolve(request, onto=onto, aware=aware, out=out), observer)
             except (InputError, QuantizationError) as error:
                 observer.warning(str(error))
                 continue
-            observer.phase(f"measuring {onto}")
-            ways[onto] = comparison.measure(load_merged(out, opened, packed=onto == "packed"), trained, prompts)
+            observer.phase(f"measuring {way}")
+            ways[way] = comparison.measure(load_merged(out, opened, packed=onto == "packed"), trained, prompts)
             gc.collect()
             shutil.rmtree(out)
     finally:

@@ -14,7 +14,9 @@ from torch import Tensor
 import quantune
 from quantune.backends import registry
 from quantune.backends.checkpoints import in_words
+from quantune.backends.layout import PackedWeight
 from quantune.checkpoint.commit import write_file_atomically
+from quantune.checkpoint.fingerprint import environment
 from quantune.comparison.rows import LayerFigures
 from quantune.comparison.weights import Sums, kind_of, power
 from quantune.errors import InputError
@@ -104,7 +106,8 @@ def quantize(
             device=device,
         )
         job = Packing(dense=Copying(source=source), packer=packer, units=found)
-        identity = _identity(base, choice, source)
+        asked = _asked(base, choice)
+        identity = {**asked, "files": _files(source), "max_shard_size": max_shard_size}
         with open_output(out, report=REPORT, identity=identity, overwrite=overwrite) as output:
             nbytes = rewrite(source, found, job, output, observer, max_shard_size=max_shard_size)
             figures = job.figures()
@@ -120,7 +123,7 @@ def quantize(
                 setting = ModelConfig(base=base.name)
                 stored = reader.quantization_config(packer.kept, dtype)
                 write_companions(output.partial, base, folder, setting, model, dtype=dtype, quantization_config=stored)
-                write_file_atomically(output.partial / REPORT, json.dumps({**identity, **made.as_dict()}, indent=2))
+                write_file_atomically(output.partial / REPORT, json.dumps({**asked, **made.as_dict()}, indent=2))
                 output.publish()
     return made
 
@@ -195,9 +198,13 @@ class Packing:
             total += sums
         return total.figures("all"), tuple(sums.figures(kind) for kind, sums in kinds.items())
 
+    def pack(self, part: Part, tensor: Tensor) -> list[PackedWeight]:
+        """The packed weights of a dense tensor."""
+        return self.packer.pack(part, tensor)
+
     @torch.no_grad()
     def _packed(self, unit: Unit, part: Part, dense: Tensor) -> dict[str, Tensor]:
-        packed = self.packer.pack(part, dense)
+        packed = self.pack(part, dense)
         tensors = self.packer.tensors(part, packed)
         error = signal = 0.0
         backend = self.packer.reader.backend
@@ -211,12 +218,18 @@ class Packing:
         return tensors
 
 
-def _identity(base: Base, choice: Choice, source: Source) -> dict[str, Any]:
-    """What is written, from what."""
+def _files(source: Source) -> dict[str, list[int]]:
+    """Size and time of the files that are read, by which a process that goes on knows them."""
+    found = {shard.path.name: shard.path.stat() for shard in source.shards}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+
+def _asked(base: Base, choice: Choice) -> dict[str, Any]:
+    """What is packed, and into what, as the report says it."""
     return {
         "quantune": quantune.__version__,
+        "versions": environment()["versions"],
         "model": base.name,
-        "files": {shard.path.name: shard.path.stat().st_size for shard in source.shards},
         "format": choice.format,
         "options": attrs.asdict(choice.quantization.options),
         "skip": list(choice.quantization.skip),

@@ -516,10 +516,10 @@ while True: pass
     install(packages, "plugin", {"endless": "plugin:description"}, code)
     (found,) = registry.find()[len(BUILT_IN) :]
     started = time.monotonic()
-    row = inspection.check(found, timeout=6)
+    row = inspection.check(found, timeout=4)
     assert time.monotonic() - started < 20
     assert row.status == "broken"
-    assert row.reason == "did not end within 6 seconds, importing its description; --timeout gives it more"
+    assert row.reason == "did not end within 4 seconds, importing its description; --timeout gives it more"
     assert gone(int((packages / "pid").read_text()))
 
 

@@ -9,6 +9,7 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
+from commands import quantune_command
 
 PLUGIN = """\
 import attrs
@@ -28,7 +29,7 @@ description = BackendDescription(
 
 
 def compare(*arguments, cwd, **variables):
-    """Run `quantune backends compare` in a folder."""
+    """Run `quantune backends compare` in a folder, in a Python that has imported nothing yet."""
     env = {**os.environ, "NO_COLOR": "1", "COLUMNS": "80", **variables}
     command = [sys.executable, "-m", "quantune", "backends", "compare", *arguments]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
@@ -111,6 +112,6 @@ def test_bad_input_is_a_sentence_and_exit_code_2_before_torch_is_imported(tmp_pa
 
 def test_a_text_of_a_few_tokens_is_refused(tmp_path):
     (tmp_path / "short.txt").write_text("Too short.")
-    done = compare("builtin:mini", "--text", "short.txt", cwd=tmp_path)
+    done = quantune_command("backends", "compare", "builtin:mini", "--text", "short.txt", cwd=tmp_path)
     assert done.returncode == 2 and "the text short.txt has" in done.stderr and "at least 16" in done.stderr
     assert "Traceback" not in done.stderr

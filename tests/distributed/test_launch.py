@@ -28,19 +28,14 @@ def test_rank_0_speaks_the_others_write_to_logs_and_nothing_else_is_left(tmp_pat
     assert os.listdir(tmp_path / "temporary") == []
 
 
-def test_a_worker_that_is_killed_is_started_again_with_the_others(tmp_path):
-    run = launched(tmp_path, restarts=1, steps=3, fault={"rank": 1, "step": 2, "do": "die", "attempts": 1})
-    assert run.ended() == 0 and run.fired() == ["1-0"]
-    assert "attempt 1, step 3" in run.said() and run.errors() == []
-    assert [line for line in run.log(1).splitlines() if line.startswith("---")][1].startswith("--- attempt 1, ")
-
-
 def test_a_worker_that_dies_once_too_often_is_named_with_its_signal(tmp_path):
     run = launched(tmp_path, restarts=1, fault={"rank": 1, "step": 2, "do": "die"})
     assert run.ended() == 7 and run.fired() == ["1-0", "1-1"]
     (error,) = run.errors()
     assert error.startswith("error: rank 1 (process ") and "was killed by SIGKILL" in error
     assert "the last of 2 attempts. --resume goes on from the last checkpoint" in error
+    assert "attempt 1, step 1" in run.said() and "attempt 1, step 1" in run.log(1)  # all were started again
+    assert [line for line in run.log(1).splitlines() if line.startswith("---")][1].startswith("--- attempt 1, ")
 
 
 @pytest.mark.parametrize(
@@ -64,7 +59,7 @@ def test_the_first_error_is_shown_once_is_the_exit_code_and_starts_nothing_again
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "what"), [("freeze", "has stopped altogether"), ("hang", "has been at")])
 def test_a_rank_that_hangs_is_named_and_ended(tmp_path, fault, what):
-    run = launched(tmp_path, timeout=5, fault={"rank": 1, "step": 2, "do": fault})
+    run = launched(tmp_path, timeout=5, hurry=5, fault={"rank": 1, "step": 2, "do": fault})
     assert run.ended() == 7 and run.fired() == ["1-0"]
     named, ended = run.errors()
     assert named.startswith("error: rank 1 (process ") and what in named and "the others wait for it" in named

@@ -141,6 +141,10 @@ KINDS = {
 }
 
 
+SHARED_ALIKE = ("pissa", "loftq", "activation checkpointing", "packing", "skipped layers", "tied embedding")
+"""Kinds that share among ranks nothing but what every run does: two ranks are enough to try them on."""
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_training_ends_with_the_same_adapter(recipe, bases, tmp_path, kind):
     changes = dict(KINDS[kind])
@@ -152,7 +156,7 @@ def test_every_kind_of_training_ends_with_the_same_adapter(recipe, bases, tmp_pa
     made = evolved(recipe, **{**changes, "training": {"max_steps": 3, **changes.get("training", {})}})
     alone, adapter = run(1, made, tmp_path)
     expected = load(adapter)
-    for size in (2, 3):
+    for size in (2,) if kind in SHARED_ALIKE else (2, 3):
         metrics, shared = run(size, made, tmp_path)
         torch.testing.assert_close(losses(metrics), losses(alone), rtol=CLOSE, atol=0)
         found = load(shared)

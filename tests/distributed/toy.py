@@ -1,7 +1,8 @@
 """A run without a model: what the command does around training, and steps that count and fail as they are told.
 
 python toy.py '{"steps": 5, "timeout": 60, "fault": {...}}': a fault has `rank`, `step` (before which it fires; absent:
-before the ranks meet), `do` (a key of FAULTS) and `attempts` (the first so many fire; absent: all).
+before the ranks meet), `do` (a key of FAULTS) and `attempts` (the first so many fire; absent: all). With `hurry`, the
+ranks watch each other so many times as fast.
 """
 
 import json
@@ -42,7 +43,7 @@ FAULTS = {
 }
 
 
-def run(steps=5, timeout=60, fault=None, folder="run", seconds=0.0):
+def run(steps=5, timeout=60, fault=None, folder="run", seconds=0.0, hurry=1):
     with StopRequest(warning).listening() as stop:
         if not worker.enter(launches=False):
             return
@@ -50,9 +51,12 @@ def run(steps=5, timeout=60, fault=None, folder="run", seconds=0.0):
             print("importing", file=sys.stderr, flush=True)
             import torch
 
+            from quantune.distributed import watch
             from quantune.distributed.world import World, joined
 
             world = World.from_environment()
+            for name in ("INTERVAL", "STALE", "GRACE"):
+                setattr(watch, name, getattr(watch, name) / hurry)
 
             def may_fail(step=None):
                 if fault and fault.get("step") == step and fault["rank"] in (world.rank, "all"):

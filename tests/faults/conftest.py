@@ -17,6 +17,7 @@ from quantune.checkpoint.store import CheckpointStore
 RECIPE = """
 [model]
 base = "builtin:mini"
+config = {num_hidden_layers = 1}
 
 [quantization]
 backend = "bnb"

@@ -13,6 +13,8 @@ from conftest import make_work
 from faults import Fault
 from running import quantune_ranks, quantune_run, ranks
 
+from quantune.distributed import watch
+
 FOLDER = Path(__file__).parent
 
 
@@ -74,7 +76,9 @@ def test_when_a_rank_is_killed_the_others_end_and_the_run_can_go_on(work, whole,
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_is_named_with_the_place_where_it_is(work):
+def test_a_rank_that_hangs_is_named_with_the_place_where_it_is(work, monkeypatch):
+    for name in ("INTERVAL", "STALE", "GRACE"):
+        monkeypatch.setattr(watch, name, getattr(watch, name) / 5)
     hung = fault(work, "hang", "step", 5)
     with ranks(2, work.recipe, "--set", "distributed.timeout=5", faults=[hung]) as commands:
         done = [command.end() for command in commands]

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import time
 
+import forking
 import pytest
 import torch
 from commands import quantune_command, refused
@@ -73,6 +75,26 @@ def test_adapter_that_was_carried_off_says_what_it_belongs_to(place, tmp_path):
     there = quantune_command("merge", "runs/recipe", "--out", str(tmp_path / "b"), *options, cwd=place)
     assert there.returncode == 0
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("files", [1, 6])
+def test_killed_merge_goes_on_where_it_was(files, place, tmp_path):
+    """SIGKILL, at whatever moment that is, once some files are complete."""
+    arguments = ("merge", place / "runs" / "recipe", "--max-shard-size", "300KB", "--no-verify", "--out")
+    whole, out = tmp_path / "whole", tmp_path / "merged"
+    assert forking.start(*arguments, whole, output=tmp_path / "said").end().code == 0
+    command = forking.start(*arguments, out, output=tmp_path / "said")
+    progress = tmp_path / "merged.partial" / "progress.json"
+    deadline = time.monotonic() + 60
+    while not (progress.exists() and len(json.loads(progress.read_text())["complete"]) >= files):
+        assert command.wait(0.001) is None and time.monotonic() < deadline, command.said()
+    command.kill()
+    assert not out.exists() and not (tmp_path / "merged.partial" / "config.json").exists()
+    done = forking.start(*arguments, out, output=tmp_path / "said").end()
+    assert done.code == 0 and "going on with merged.partial" in done.said
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in whole.iterdir()
+    }
 
 
 def test_ways_are_compared_and_nothing_is_written(place):

@@ -128,6 +128,24 @@ def test_killed_half_way_it_goes_on_with_the_same_bytes_and_figures(shards, tmp_
     assert not (tmp_path / "out.partial").exists()
 
 
+def test_killed_half_way_and_called_otherwise_it_begins_anew(shards, tmp_path, monkeypatch):
+    read = story.Copying.tensors
+
+    def dying(self, unit):
+        if "layers.1.mlp.up_proj" in unit.keys[0]:
+            raise KeyboardInterrupt
+        return read(self, unit)
+
+    monkeypatch.setattr(story.Copying, "tensors", dying)
+    with pytest.raises(KeyboardInterrupt):
+        pack(shards, tmp_path / "out", "bnb", "nf4")
+    left = {path.name for path in (tmp_path / "out.partial").glob("*.safetensors")}
+    monkeypatch.setattr(story.Copying, "tensors", read)
+    pack(shards, tmp_path / "out", "bnb", "nf4", shard_size="1GB")
+    assert len(left) > 1 and [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+    assert torch.isfinite(logits(tmp_path / "out")).all()
+
+
 def test_a_mixture_whose_experts_are_kept_is_read_by_bitsandbytes(tmp_path):
     source = save(MIXTURES["mixtral"](), tmp_path / "in")
     pack(source, tmp_path / "out", "bnb", "nf4", skip=["experts"])

@@ -69,7 +69,7 @@ def recipe(tmp_path_factory):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = SourceConfig(path=str(path), format="completion")
     return Recipe(
-        model=ModelConfig(base="builtin:mini"),
+        model=ModelConfig(base="builtin:mini", config={"num_hidden_layers": 1}),
         adapter=AdapterConfig(r=4, dropout=0.1),
         data=DataConfig(train=(source,), eval=(source,)),
         training=TrainingConfig(max_steps=6, batch_size=3, micro_batch_size=1, precision="fp32", device="cpu"),

@@ -46,7 +46,7 @@ def recipe(tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = SourceConfig(path=str(tmp_path / "rows.jsonl"), format="completion")
     return Recipe(
-        model=ModelConfig(base="builtin:mini"),
+        model=ModelConfig(base="builtin:mini", config={"num_hidden_layers": 1}),
         adapter=AdapterConfig(r=4),
         data=DataConfig(train=(source,), eval=(source,)),
         training=TrainingConfig(max_steps=4, batch_size=2, precision="fp32"),

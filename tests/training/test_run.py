@@ -12,6 +12,7 @@ from forking import start
 RECIPE = """
 [model]
 base = "builtin:mini"
+config = {num_hidden_layers = 2}
 
 [quantization]
 backend = "bnb"
@@ -234,7 +235,7 @@ def test_a_typo_does_not_cost_the_run_that_is_to_be_overwritten(folder):
 
 def test_the_quickstart_in_a_shortened_form_learns(quickstart, tmp_path):
     run = tmp_path / "quickstart"
-    short = ["training.max_steps=25", "evaluation.max_samples=8", f"output.dir={run}"]
+    short = ["training.max_steps=20", "evaluation.max_samples=4", f"output.dir={run}"]
     quantune("run", quickstart, *(part for change in short for part in ("--set", change)))
     before, after = (row for row in metrics(run) if row["event"] == "evaluation")
     assert before["exact_match"] == 0.0

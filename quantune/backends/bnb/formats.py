@@ -18,6 +18,7 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from quantune.backends import kernels
 from quantune.backends.backend import Backend
@@ -84,6 +85,19 @@ class BnbBackend(Backend):
             "nested_absmax": state.state2.absmax,
             "nested_offset": state.offset.reshape(1),
         }
+
+    def element_values(self, options: BnbOptions) -> tuple[float, ...]:
+        options = options.resolved()
+        if options.weight_dtype == "int8":
+            return kernels.int8_values()
+        return tuple(bnb.get_4bit_type(options.weight_dtype, device="cpu").tolist())
+
+    def with_elements(self, packed: PackedWeight, codes: Tensor) -> Mapping[str, Tensor]:
+        options: BnbOptions = packed.layout.options  # type: ignore[assignment]  # the layout is backend-agnostic
+        if options.resolved().weight_dtype == "int8":
+            return {**packed.views(), "codes": codes.view(torch.int8)}
+        flat = functional.pad(codes.flatten(), (0, codes.numel() % 2))
+        return {**packed.views(), "codes": kernels.pack_nibbles(flat, high_first=True)}
 
     def fills_out(self, layout: PackedLayout, dtype: torch.dtype) -> bool:
         options: BnbOptions = layout.options  # type: ignore[assignment]  # the layout is backend-agnostic

@@ -78,6 +78,12 @@ class Fp8Backend(Backend):
     def fills_out(self, layout: PackedLayout, dtype: torch.dtype) -> bool:
         return True
 
+    def element_values(self, options: Fp8Options) -> tuple[float, ...]:
+        return kernels.e4m3_values()
+
+    def with_elements(self, packed: PackedWeight, codes: Tensor) -> Mapping[str, Tensor]:
+        return {**packed.views(), "weight": codes.view(torch.float8_e4m3fn)}
+
     def adopt(self, tensors: Mapping[str, Tensor], shape: tuple[int, int], options: Fp8Options) -> Mapping[str, Tensor]:
         grid = _grid(shape, options)
         if tensors.keys() != {"weight", "weight_scale_inv"}:

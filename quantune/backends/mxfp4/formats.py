@@ -72,6 +72,12 @@ class Mxfp4Backend(Backend):
     def fills_out(self, layout: PackedLayout, dtype: torch.dtype) -> bool:
         return True
 
+    def element_values(self, options: Mxfp4Options) -> tuple[float, ...]:
+        return kernels.E2M1_VALUES
+
+    def with_elements(self, packed: PackedWeight, codes: Tensor) -> Mapping[str, Tensor]:
+        return {**packed.views(), "blocks": kernels.pack_nibbles(codes, high_first=False)}
+
     def export(self, packed: PackedWeight) -> dict[str, Tensor]:
         views = packed.views()
         return {"blocks": views["blocks"].unflatten(1, (-1, BLOCK // 2)), "scales": views["scales"]}

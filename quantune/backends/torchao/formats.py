@@ -25,6 +25,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from quantune.backends import kernels
 from quantune.backends.backend import Backend
@@ -55,11 +56,18 @@ NF4_ZERO = NF4_VALUES.index(0.0)
 class Format(Protocol):
     """One of torchao's formats; the arguments are those of `Backend`, the options resolved."""
 
+    @property
+    def values(self) -> tuple[float, ...]:
+        """Of each element code."""
+
     def inner_tensors(self, shape: Shape, options: TorchaoOptions) -> dict[str, TensorSpec]: ...
 
     def pack(self, weight: Tensor, options: TorchaoOptions) -> dict[str, Tensor]: ...
 
     def dequantize(self, views: Views, layout: PackedLayout, options: TorchaoOptions, out: Tensor) -> Tensor: ...
+
+    def elements(self, codes: Tensor) -> dict[str, Tensor]:
+        """The inner tensor that holds element codes, uint8 (out features, in features)."""
 
 
 class TorchaoBackend(Backend):
@@ -79,6 +87,13 @@ class TorchaoBackend(Backend):
         if out is None:
             out = torch.empty(layout.shape, dtype=dtype, device=packed.data.device)
         return FORMATS[options.weight_dtype].dequantize(packed.views(), layout, options.resolved(), out)
+
+    def element_values(self, options: TorchaoOptions) -> tuple[float, ...]:
+        return FORMATS[options.weight_dtype].values
+
+    def with_elements(self, packed: PackedWeight, codes: Tensor) -> Mapping[str, Tensor]:
+        options: TorchaoOptions = packed.layout.options  # type: ignore[assignment]  # as above
+        return {**packed.views(), **FORMATS[options.weight_dtype].elements(codes)}
 
     def fills_out(self, layout: PackedLayout, dtype: torch.dtype) -> bool:
         return True
@@ -143,6 +158,8 @@ def _shape(tensors: Mapping[str, Tensor], name: str) -> torch.Size | None:
 class Int4:
     """Asymmetric 4-bit integers in groups."""
 
+    values = (*range(8), *range(-8, 0))
+
     def inner_tensors(self, shape: Shape, options: TorchaoOptions) -> dict[str, TensorSpec]:
         out_features, in_features = shape
         assert options.group_size is not None
@@ -173,6 +190,9 @@ class Int4:
             raise QuantizationError(_TOO_LARGE)
         return {"qdata": qdata, "scale": scale.T.contiguous(), "zero_point": zero.T.contiguous()}
 
+    def elements(self, codes: Tensor) -> dict[str, Tensor]:
+        return {"qdata": kernels.pack_nibbles(codes, high_first=False).view(torch.int8)}
+
     def dequantize(self, views: Views, layout: PackedLayout, options: TorchaoOptions, out: Tensor) -> Tensor:
         assert options.group_size is not None
         size = options.group_size
@@ -189,6 +209,8 @@ class Int4:
 
 class Nf4:
     """4-bit NormalFloat with double quantization."""
+
+    values = NF4_VALUES
 
     def inner_tensors(self, shape: Shape, options: TorchaoOptions) -> dict[str, TensorSpec]:
         assert options.group_size is not None and options.scaler_block_size is not None
@@ -237,6 +259,10 @@ class Nf4:
             parts.append(kernels.pack_nibbles(codes.view(-1), high_first=True))
         return torch.cat(parts)[: kernels.blocks_of(weight.numel(), 2)]
 
+    def elements(self, codes: Tensor) -> dict[str, Tensor]:
+        flat = functional.pad(codes.flatten(), (0, codes.numel() % 2))
+        return {"quantized_data": kernels.pack_nibbles(flat, high_first=True)}
+
     def dequantize(self, views: Views, layout: PackedLayout, options: TorchaoOptions, out: Tensor) -> Tensor:
         assert options.group_size is not None and options.scaler_block_size is not None
         size, dtype = options.group_size, layout.dtype
@@ -271,6 +297,8 @@ def _nf4_thresholds(dtype: torch.dtype, device: torch.device) -> Tensor:
 class Nvfp4:
     """NVIDIA's 4-bit float: E2M1, an e4m3 scale per 16, one fp32 scale for all."""
 
+    values = kernels.E2M1_VALUES
+
     GROUP_SIZE = 16
     SMALLEST_SCALE = 2.0**-6
     """The smallest normal e4m3 number: block scales are not below it."""
@@ -302,6 +330,9 @@ class Nvfp4:
         qdata, scale = kernels.in_row_slices(weight, pack_rows)
         return {"qdata": qdata, "scale": scale, "per_tensor_scale": tensor_scale.reshape(1)}
 
+    def elements(self, codes: Tensor) -> dict[str, Tensor]:
+        return {"qdata": kernels.pack_nibbles(codes, high_first=False)}
+
     def dequantize(self, views: Views, layout: PackedLayout, options: TorchaoOptions, out: Tensor) -> Tensor:
         codes = views["qdata"].view(-1)
         scales = e4m3_values(views["scale"]).mul_(views["per_tensor_scale"]).mul_(0.5).view(-1)
@@ -324,6 +355,8 @@ def _e4m3_table(device: torch.device) -> Tensor:
 
 class Int8:
     """Symmetric 8-bit integers by rows or groups."""
+
+    values = kernels.int8_values()
 
     SMALLEST_SCALE = torch.finfo(torch.float32).eps
 
@@ -348,6 +381,9 @@ class Int8:
         qdata, scale = kernels.in_row_slices(weight, pack_rows)
         return {"qdata": qdata, "scale": scale}
 
+    def elements(self, codes: Tensor) -> dict[str, Tensor]:
+        return {"qdata": codes.view(torch.int8)}
+
     def dequantize(self, views: Views, layout: PackedLayout, options: TorchaoOptions, out: Tensor) -> Tensor:
         size = options.group_size or layout.shape[1]
         codes, scales = views["qdata"].view(-1), views["scale"].view(-1)
@@ -361,6 +397,8 @@ class Int8:
 
 class Fp8:
     """e4m3 with one scale per row."""
+
+    values = kernels.e4m3_values()
 
     def inner_tensors(self, shape: Shape, options: TorchaoOptions) -> dict[str, TensorSpec]:
         return {
@@ -376,6 +414,9 @@ class Fp8:
 
         qdata, scale = kernels.in_row_slices(weight, pack_rows)
         return {"qdata": qdata, "scale": scale}
+
+    def elements(self, codes: Tensor) -> dict[str, Tensor]:
+        return {"qdata": codes.view(torch.float8_e4m3fn)}
 
     def dequantize(self, views: Views, layout: PackedLayout, options: TorchaoOptions, out: Tensor) -> Tensor:
         in_features = layout.shape[1]
