@@ -9,7 +9,7 @@ those that are tried, so it is never worse on these prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -65,15 +65,19 @@ def pack_aware(
     model.eval()
     inner = inner_model(model)
     layers = {name: it for name, it in inner.named_modules() if isinstance(it, QuantLoraLinear)}
+    if not layers:
+        return AwarePacking(weights={}, emphasis=None, kl={})
     expected = predict(inner, windows)
     found: dict[float | None, float] = {}
     best: tuple[float | None, dict[str, PackedWeight]] = None, {}
+    groups = list(_groups(layers))
+    moments = second_moments(model, layers, windows) if len(groups) == 1 else None
     for emphasis in (None, *EMPHASES):
         phase("packing" if emphasis is None else f"choosing roundings, emphasis {emphasis:g}")
-        packed = dict(_packed(model, layers, merged, windows, emphasis))
+        packed = dict(_packed(model, groups, merged, windows, emphasis, moments))
         with _merged_into(layers, packed):
             found[emphasis] = distance(expected, predict(inner, windows)).kl
-        if found[emphasis] <= min(found.values()):
+        if emphasis is None or found[emphasis] < found[best[0]]:
             best = emphasis, {name: PackedWeight(one.layout, one.data.cpu()) for name, one in packed.items()}
     return AwarePacking(weights=best[1], emphasis=best[0], kl=found)
 
@@ -81,24 +85,31 @@ def pack_aware(
 @torch.no_grad()
 def _packed(
     model: PeftModel,
-    layers: Mapping[str, QuantLoraLinear],
+    groups: Sequence[Mapping[str, QuantLoraLinear]],
     merged: Callable[[str, Tensor], Tensor],
     windows: Windows,
     emphasis: float | None,
+    moments: Mapping[str, Tensor] | None,
 ) -> Iterator[tuple[str, PackedWeight]]:
-    for group in _groups(layers):
-        moments = {} if emphasis is None else second_moments(model, group, windows)
+    """The layers' merged weights, packed; `moments` are those of all layers, where they can be held at once."""
+    for group in groups:
+        inputs = moments if moments is not None or emphasis is None else second_moments(model, group, windows)
         for name, layer in group.items():
             base = layer.get_base_layer()
             assert isinstance(base, QuantLinear)
             backend, options = base.weight_format.backend, base.weight_format.layout.options
             wanted_OI = merged(f"{name}.weight", base.dequantize(torch.float32))
-            packed = pack_weight(backend, wanted_OI, options, name=name)
-            if emphasis is not None:
-                lora_A: Any = layer.lora_A[NAME]
-                moment_II = emphasize(moments.pop(name), lora_A.weight, emphasis)
+            packed = pack_weight(backend, wanted_OI.to(base.weight_format.layout.dtype), options, name=name)
+            if emphasis is not None and inputs is not None and name in inputs:  # not if no prompt gets there
+                moment_II = emphasize(inputs[name], _directions(layer), emphasis)
                 packed = pack_for(backend, packed, wanted_OI, moment_II)
             yield name, packed
+
+
+def _directions(layer: QuantLoraLinear) -> Tensor:
+    """What the layer's adapters read of their input, shape (R, I)."""
+    found: list[Any] = [layer.lora_A[name] for name in layer.active_adapters if name in layer.lora_A]
+    return torch.cat([lora_A.weight for lora_A in found])
 
 
 def _groups(layers: Mapping[str, QuantLoraLinear]) -> Iterator[dict[str, QuantLoraLinear]]:

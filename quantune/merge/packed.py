@@ -54,10 +54,15 @@ def choose_weights(opened: Opened, request: MergeRequest, observer: Observer) ->
     """The packed weights of adapted linear layers, by parameter, their roundings chosen for what the layers read.
 
     Raises:
-        QuantizationError: the format's codes can't be chosen one by one.
+        QuantizationError: the format's codes can't be chosen one by one, or there is nothing to choose.
     """
     plan = opened.plan
     assert plan is not None
+    if opened.setting.qat is not None:
+        raise QuantizationError(
+            "--aware: a run with [training.qat] computed with packed weights already, and --onto packed writes those; "
+            "leave it out"
+        )
     if plan.backend.element_values(plan.options) is None:
         raise QuantizationError(
             f"--aware: the backend {plan.backend.name} does not say which values its codes stand for, so none can be "
@@ -66,6 +71,8 @@ def choose_weights(opened: Opened, request: MergeRequest, observer: Observer) ->
     model = load_reference(opened, request)
     prompts = prompts_for(opened, request, trained_on=True)
     made = pack_aware(model, opened.update.apply, prompts.windows, observer.phase)
+    if not made.weights:
+        raise QuantizationError("--aware: the adapter is on no packed linear layer, so there is nothing to choose")
     return {f"{name}.weight": weight for name, weight in made.weights.items()}
 
 

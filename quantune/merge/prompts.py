@@ -20,6 +20,8 @@ MAX_TOKENS = 2048
 """Tokens of a whole trial: on the built-in model a few seconds."""
 FEW_TOKENS = 512
 """Tokens of a sample of it, for models on which a trial takes minutes."""
+ENOUGH_TOKENS = 256
+"""Tokens below which distances are chance, and the built-in text is taken beside the run's data."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -63,7 +65,8 @@ def prompts_of(
     if recipe is not None:
         try:
             samples, name, held_out = _samples(recipe, tokenizer, vocabulary_size, trained_on)
-            return _prompts(spread(samples, max_tokens), name, held_out, positions)
+            found = _prompts(spread(samples, max_tokens), name, held_out, positions)
+            return found if found.windows.predicted >= ENOUGH_TOKENS else _filled_up(found, tokenizer, positions)
         except DataError as error:
             why = f" (not the run's data: {error})"
     window = min(WINDOW, positions or WINDOW)
@@ -77,6 +80,14 @@ def spread(samples: Sequence[Sample], max_tokens: int) -> Sequence[Sample]:
     mean = sum(len(sample.input_ids) for sample in samples) / len(samples)
     count = min(len(samples), max(1, int(max_tokens / mean)))
     return [samples[index * len(samples) // count] for index in range(count)]
+
+
+def _filled_up(few: Prompts, tokenizer: PreTrainedTokenizerBase, positions: int | None) -> Prompts:
+    """`few` prompts and some of the built-in text, which the loss is not about."""
+    text = prompts_of(None, tokenizer, positions=positions, max_tokens=2 * ENOUGH_TOKENS).windows
+    windows = Windows(rows=few.windows.rows + text.rows, text_tokens=few.windows.text_tokens + text.text_tokens)
+    targets_N = torch.cat([few.targets_N, torch.zeros(text.predicted, dtype=torch.bool)])
+    return attrs.evolve(few, source=f"{few.source} and the built-in text", windows=windows, targets_N=targets_N)
 
 
 def _samples(

@@ -10,6 +10,7 @@ what comes out is a weight of the same format.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -26,7 +27,7 @@ TOGETHER = 128
 """Columns whose errors are passed on to the rest of the weight at once."""
 
 
-@attrs.frozen(kw_only=True, eq=False)
+@attrs.frozen(kw_only=True, eq=False, slots=False)
 class Grid:
     """The values that each weight can take: one of `values` times its scale plus its offset."""
 
@@ -34,16 +35,21 @@ class Grid:
     """fp32, ascending."""
     codes_C: Tensor
     """uint8: the code of each."""
-    scale_OI: Tensor
-    offset_OI: Tensor
+    scale_IO: Tensor
+    """A row for each input: weights are rounded input by input."""
+    offset_IO: Tensor
 
     def nearest(self, wanted_O: Tensor, column: int) -> tuple[Tensor, Tensor]:
-        """The codes, uint8, and the values nearest to what a column should be, both (O,)."""
-        scale_O, offset_O = self.scale_OI[:, column], self.offset_OI[:, column]
+        """The codes, uint8, and the values nearest to what the weights of an input should be, both (O,)."""
+        scale_O, offset_O = self.scale_IO[column], self.offset_IO[column]
         relative_O = torch.where(scale_O == 0, 0.0, (wanted_O - offset_O) / scale_O)
-        middles = (self.values_C[1:] + self.values_C[:-1]) / 2
-        index_O = torch.bucketize(relative_O, middles)
+        index_O = torch.bucketize(relative_O, self.middles_C)
         return self.codes_C[index_O], self.values_C[index_O] * scale_O + offset_O
+
+    @functools.cached_property
+    def middles_C(self) -> Tensor:
+        """Where the nearest value changes, one less than there are values."""
+        return (self.values_C[1:] + self.values_C[:-1]) / 2
 
 
 def grid_of(backend: Backend, packed: PackedWeight) -> Grid | None:
@@ -53,20 +59,21 @@ def grid_of(backend: Backend, packed: PackedWeight) -> Grid | None:
         return None
     order = sorted((value, code) for code, value in enumerate(found) if math.isfinite(value))
     distinct = [pair for before, pair in zip([(math.nan, 0), *order], order, strict=False) if before[0] != pair[0]]
-    (low, low_code), (high, high_code) = distinct[0], distinct[-1]
+    by_size = sorted(distinct, key=lambda pair: abs(pair[0]))
+    (small, small_code), (large, large_code) = by_size[0], by_size[-1]
     device = packed.data.device
-    low_OI, high_OI = (
-        backend.dequantize(with_codes(backend, packed, codes), torch.float32)
-        for codes in (
-            torch.full(packed.layout.shape, code, dtype=torch.uint8, device=device) for code in (low_code, high_code)
-        )
-    )
-    scale_OI = (high_OI - low_OI) / (high - low)
+
+    def all_of(code: int) -> Tensor:
+        codes_OI = torch.full(packed.layout.shape, code, dtype=torch.uint8, device=device)
+        return backend.dequantize(with_codes(backend, packed, codes_OI), torch.float32)
+
+    small_OI = all_of(small_code)
+    scale_OI = (all_of(large_code) - small_OI) / (large - small)
     return Grid(
         values_C=torch.tensor([value for value, _ in distinct], device=device),
         codes_C=torch.tensor([code for _, code in distinct], dtype=torch.uint8, device=device),
-        scale_OI=scale_OI,
-        offset_OI=low_OI - low * scale_OI,
+        scale_IO=scale_OI.T.contiguous(),
+        offset_IO=(small_OI - small * scale_OI).T.contiguous(),
     )
 
 
@@ -91,19 +98,19 @@ def choose_codes(wanted_OI: Tensor, grid: Grid, moment_II: Tensor) -> Tensor:
     inverse_II = torch.cholesky_inverse(torch.linalg.cholesky(ordered_II))
     passed_on_II = torch.linalg.cholesky(inverse_II, upper=True).float()
     passed_on_II /= passed_on_II.diagonal()[:, None].clone()
-    left_OI = wanted_OI[:, order].float()
-    codes_OI = torch.empty(wanted_OI.shape, dtype=torch.uint8, device=wanted_OI.device)
-    for start in range(0, len(order), TOGETHER):
-        stop = min(start + TOGETHER, len(order))
-        errors = torch.empty(len(wanted_OI), stop - start, device=wanted_OI.device)
-        for column in range(start, stop):
-            codes_O, values_O = grid.nearest(left_OI[:, column], int(order[column]))
-            codes_OI[:, order[column]] = codes_O
-            error_O = left_OI[:, column] - values_O
-            errors[:, column - start] = error_O
-            left_OI[:, column:stop] -= torch.outer(error_O, passed_on_II[column, column:stop])
-        left_OI[:, stop:] -= errors @ passed_on_II[start:stop, stop:]
-    return codes_OI
+    left_IO = wanted_OI.T[order].float()
+    codes_IO = torch.empty(left_IO.shape, dtype=torch.uint8, device=wanted_OI.device)
+    columns = order.tolist()
+    for start in range(0, len(columns), TOGETHER):
+        stop = min(start + TOGETHER, len(columns))
+        errors_IO = torch.empty_like(left_IO[start:stop])
+        for place in range(start, stop):
+            codes_IO[columns[place]], values_O = grid.nearest(left_IO[place], columns[place])
+            error_O = left_IO[place] - values_O
+            errors_IO[place - start] = error_O
+            left_IO[place:stop].addr_(passed_on_II[place, place:stop], error_O, alpha=-1)
+        left_IO[stop:].addmm_(passed_on_II[start:stop, stop:].T, errors_IO, alpha=-1)
+    return codes_IO.T.contiguous()
 
 
 def emphasize(moment_II: Tensor, directions_RI: Tensor, emphasis: float) -> Tensor:

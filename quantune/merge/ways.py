@@ -47,8 +47,8 @@ def compare_ways(request: MergeRequest, device: torch.device, observer: Observer
     folder = Path(tempfile.mkdtemp(prefix=".quantune-compare-", dir=parent))
     try:
         for way, (onto, aware) in WAYS.items():
-            if aware and "packed" not in ways:
-                continue  # for the same reason
+            if aware and ("packed" not in ways or opened.setting.qat is not None):
+                continue  # for the same reason, or what was trained is packed as it was
             out = folder / way
             try:
                 require_onto(opened, onto)
