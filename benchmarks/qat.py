@@ -54,6 +54,8 @@ class Way:
     qat: QatConfig | None
     measured: QatConfig
     """What makes packing of what it trained: rounding in evaluation."""
+    late: bool = False
+    """Whether it rounds in the last 40 % of the steps only."""
 
 
 PACKED = QatConfig(lora_base="packed")
@@ -63,6 +65,7 @@ WAYS = (
     Way(name='the same, qat (lora_base = "packed")', adapter="lora", packed=True, qat=PACKED, measured=PACKED),
     Way(name="LoRA on the original base", adapter="lora", packed=False, qat=None, measured=DENSE),
     Way(name="the same, qat", adapter="lora", packed=True, qat=DENSE, measured=DENSE),
+    Way(name="the same, qat in the last 40 %", adapter="lora", packed=True, qat=DENSE, measured=DENSE, late=True),
     Way(name="all linear layers", adapter="full", packed=False, qat=None, measured=DENSE),
     Way(name="the same, qat", adapter="full", packed=True, qat=DENSE, measured=DENSE),
 )
@@ -123,6 +126,9 @@ def _options(name: str) -> dict[str, Any]:
 
 
 def _recipe(way: Way, quantization: QuantizationConfig, arguments: argparse.Namespace) -> Recipe:
+    qat = way.qat
+    if qat is not None and way.late:
+        qat = attrs.evolve(qat, fake_quant_after_steps=arguments.steps * 6 // 10)
     made = with_absolute_paths(load_recipe(RECIPE, options_of=registry.options_of).recipe, RECIPE)
     return attrs.evolve(
         made,
@@ -134,7 +140,7 @@ def _recipe(way: Way, quantization: QuantizationConfig, arguments: argparse.Name
             batch_size=arguments.batch,
             learning_rate=arguments.rate * RATES[way.adapter],
             precision="fp32",
-            qat=way.qat,
+            qat=qat,
         ),
         evaluation=attrs.evolve(made.evaluation, at_start=False, exact_match=False),
         checkpoint=attrs.evolve(made.checkpoint, every_steps=None),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import forking
 
@@ -30,6 +33,35 @@ def new_process(*arguments: str, cwd: Path = ROOT, **variables: str) -> subproce
     env = {**os.environ, "COLUMNS": "300", "NO_COLOR": "1", **variables}
     command = [sys.executable, "-m", "quantune", *arguments]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=forking.TIMEOUT)
+
+
+IN_TURN = """
+import contextlib, io, json, sys
+import quantune.cli
+done = []
+for arguments in json.loads(sys.argv[1]):
+    sys.argv, code = ["quantune", *arguments], 0
+    with contextlib.redirect_stdout(io.StringIO()) as stdout, contextlib.redirect_stderr(io.StringIO()) as stderr:
+        try:
+            quantune.cli.main()
+        except SystemExit as stop:
+            code = stop.code or 0
+    packages = {name.partition(".")[0] for name in sys.modules}
+    done.append([code, stdout.getvalue(), stderr.getvalue(), sorted(packages)])
+print(json.dumps(done))
+"""
+
+
+def in_turn(commands: Sequence[Sequence[str]], *, cwd: Path = ROOT, **variables: str) -> list[list[Any]]:
+    """Run commands one after the other in one Python that has imported nothing yet.
+
+    Returns the exit code of each, what it wrote to standard output and error, and the packages imported by then.
+    """
+    env = {**os.environ, "COLUMNS": "80", "NO_COLOR": "1", **variables}
+    command = [sys.executable, "-c", IN_TURN, json.dumps(commands)]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=forking.TIMEOUT)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def refused(*arguments: str, cwd: Path = ROOT, **variables: str) -> str:

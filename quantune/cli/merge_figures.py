@@ -17,10 +17,10 @@ def print_verification(verification: Verification, *, way: str) -> None:
     """What was found, on standard output; a problem is the caller's to raise.
 
     The `way` of merging is one of a comparison: `dequantized` has passed, others are approximations, whose distance is
-    said.
+    said; so is that one where training rounded activations, which dense weights don't.
     """
     found = verification.found
-    if way != "dequantized":
+    if way != "dequantized" or not verification.passed:
         _print_approximation(verification, way)
         return
     effect = "" if verification.adapter is None else f"; the base alone is {_nats(verification.adapter.kl)} away"

@@ -13,20 +13,20 @@ import torch
 
 from quantune.checkpoint.fingerprint import environment
 from quantune.checkpoint.run_folder import PACKED
-from quantune.merge.companions import write_companions
 from quantune.merge.opening import Opened, head_unit, open_merge, require_onto, require_places
 from quantune.merge.packed import choose_weights, pack_into, plan_packed
 from quantune.merge.request import MergeRequest, MergeResult, Observer
 from quantune.merge.trial import try_merged
 from quantune.merge.verify import Verification
-from quantune.merge.weights import BaseWeights, MergeJob, main_dtype, vocabulary_weights
+from quantune.merge.weights import BaseWeights, MergeJob, vocabulary_weights
 from quantune.model.load import fingerprint_of
 from quantune.model.vocabulary import Additions
 from quantune.streaming.adopted import AdoptedSource, adopted
+from quantune.streaming.companions import write_companions
 from quantune.streaming.mapping import units
 from quantune.streaming.output import disk_errors, open_output, require_free
 from quantune.streaming.rewrite import rewrite
-from quantune.streaming.source import Source, open_source
+from quantune.streaming.source import Source, main_dtype, open_source
 
 REPORT = "merge.json"
 """In a merged folder: what it was made of."""

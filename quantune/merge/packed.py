@@ -30,12 +30,14 @@ def plan_packed(opened: Opened, found: Sequence[Unit], source: Source, dtype: to
     """
     plan = opened.format
     assert plan is not None
+    qat = opened.setting.qat
+    activation_dtype = None if qat is None else qat.activation_dtype
     try:
         return plan_packing(
             opened.model,
             found,
             source.specs,
-            plan.backend.reader(plan.options),
+            plan.backend.reader(plan.options, activation_dtype),
             skip=plan.skip,
             pack_experts=plan.experts,
             dtype=dtype,

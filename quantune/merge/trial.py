@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
@@ -19,7 +19,9 @@ from quantune.merge.verify import Verification
 from quantune.model.adapter import NAME, adapter_tensors, custom_modules
 from quantune.model.base import open_base
 from quantune.model.load import load_model
+from quantune.model.qat import round_inputs
 from quantune.model.trained import load_trained_adapter, load_trained_base
+from quantune.quantized.rounding import Rounding
 from quantune.recipe.schema import ModelConfig
 
 SMALL = 5e8
@@ -33,7 +35,8 @@ def try_merged(
 ) -> Verification | None:
     """Compare a merged model with base and adapter, if that was asked for, or nothing was asked and it fits.
 
-    Merged onto the dequantized base it must answer alike; otherwise the distance is measured alone.
+    Merged onto the dequantized base it must answer alike, unless activations were rounded in training, which dense
+    weights don't make a model do; otherwise the distance is measured alone.
 
     Raises:
         VerificationError: it does not answer alike.
@@ -54,7 +57,7 @@ def try_merged(
         prompts_for(opened, request),
         dtype=dtype,
     )
-    if request.onto == "dequantized":
+    if request.onto == "dequantized" and _activation_dtype(opened) is None:
         found.require()
     return found
 
@@ -112,7 +115,9 @@ def load_merged(folder: Path, opened: Opened, *, packed: bool) -> PreTrainedMode
     """
     if packed:
         base = open_base(ModelConfig(base=str(folder), trust_remote_code=opened.setting.model.trust_remote_code))
-        return load_model(base, base.quantization, compute_dtype=torch.float32, device=opened.device)
+        loaded = load_model(base, base.quantization, compute_dtype=torch.float32, device=opened.device)
+        round_inputs(loaded, Rounding(activation_dtype=_activation_dtype(opened)))
+        return loaded
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -123,6 +128,10 @@ def load_merged(folder: Path, opened: Opened, *, packed: bool) -> PreTrainedMode
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"the merged model can't be loaded by transformers: {error}") from error
     return model.to(opened.device)  # type: ignore[arg-type]  # a device, which its annotation leaves out
+
+
+def _activation_dtype(opened: Opened) -> Literal["int8", "fp8"] | None:
+    return None if opened.setting.qat is None else opened.setting.qat.activation_dtype
 
 
 def free_memory(device: torch.device) -> float:

@@ -20,6 +20,7 @@ from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from quantune.backends.kernels import is_finite
 from quantune.errors import ModelError
 from quantune.model.adapter import NAME, adapter_tensors, custom_modules, require_adapter
 from quantune.model.lora_experts import ParamWrapper
@@ -106,7 +107,7 @@ def load_update(model: PreTrainedModel, folder: Path, device: torch.device) -> A
     """
     require_adapter(folder)
     tensors = adapter_tensors(folder)
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
         raise ModelError(
             f"the adapter in {folder} holds NaN or infinity in {len(broken)} of its tensors, e.g. {broken[0]}; "

@@ -279,15 +279,6 @@ def vocabulary_weights(model: PreTrainedModel) -> frozenset[str]:
     )
 
 
-def main_dtype(source: Source) -> torch.dtype:
-    """The floating-point dtype that most of a checkpoint's weights are in, bf16 where all are packed."""
-    sizes: dict[torch.dtype, int] = {}
-    for spec in source.specs.values():
-        if spec.dtype in (torch.float32, torch.float16, torch.bfloat16):
-            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes // spec.dtype.itemsize
-    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.bfloat16
-
-
 def _grown(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """The weight with so many rows; new ones are the mean of the old, as computed in `dtype`."""
     more = weight.new_empty(rows - len(weight), *weight.shape[1:])

@@ -95,9 +95,7 @@ def round_layers(model: PeftModel, plan: RoundingPlan, *, dtype: torch.dtype) ->
     in the dtype of its inputs from here on, not in fp32 as what `modules_to_save` names.
     """
     rounding = Rounding(activation_dtype=plan.config.activation_dtype)
-    for module in model.modules():
-        if isinstance(module, QuantLinear):
-            module.rounding = rounding
+    round_inputs(model, rounding)
     backend = registry.load_backend(registry.describe_available(plan.format.backend))
     workspace = Workspace()
 
@@ -124,3 +122,10 @@ def round_layers(model: PeftModel, plan: RoundingPlan, *, dtype: torch.dtype) ->
         found = packed or weight_format(experts.expert_shape(holder, holder.get_parameter(leaf)))
         experts.round_updated(holder, leaf, found, rounding)
     return rounding
+
+
+def round_inputs(model: nn.Module, rounding: Rounding) -> None:
+    """Let packed linear layers round their inputs, as `rounding` says."""
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.rounding = rounding

@@ -20,17 +20,16 @@ from quantune.checkpoint.fingerprint import environment
 from quantune.comparison.rows import LayerFigures
 from quantune.comparison.weights import Sums, kind_of, power
 from quantune.errors import InputError
-from quantune.merge.companions import write_companions
-from quantune.merge.weights import main_dtype
 from quantune.model.base import Base, skeleton
 from quantune.model.load import check_plan
 from quantune.quantize.choice import Choice
 from quantune.quantize.packer import Packer, Part, plan_packing
 from quantune.recipe.schema import ModelConfig
+from quantune.streaming.companions import write_companions
 from quantune.streaming.mapping import Unit, units
 from quantune.streaming.output import disk_errors, open_output
 from quantune.streaming.rewrite import Entry, Job, Observer, rewrite
-from quantune.streaming.source import Source, base_folder, open_source
+from quantune.streaming.source import Source, base_folder, main_dtype, open_source
 
 REPORT = "quantize.json"
 """How a folder was quantized, and what came of it."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from quantune.backends.backend import Backend, pack_weight
+from quantune.backends.kernels import is_finite
 from quantune.backends.layout import PackedLayout, PackedWeight
 from quantune.errors import NonFiniteError
 
@@ -41,7 +42,7 @@ def pack_merged(backend: Backend, merged: Tensor, layout: PackedLayout, *, name:
         QuantizationError: the format can't store these values.
     """
     merged = merged.to(layout.dtype)
-    if not torch.isfinite(merged).all():
+    if not is_finite(merged):
         raise NonFiniteError(
             f"{name}: expected numbers to pack, found NaN or infinity in the sum of base and adapter; "
             "lower [training] learning_rate"

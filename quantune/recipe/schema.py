@@ -219,7 +219,8 @@ class QatConfig:
     """Round the inputs of packed layers too, each token by a scale of its own, as a reader of the format does that
     computes in 8 bits: `int8` with the torchao backend's int8, `fp8` with its fp8."""
     fake_quant_after_steps: int = attrs.field(default=0, validator=at_least(0))
-    """Train so many steps without rounding what is trained."""
+    """Train so many steps without rounding what is trained. Rounding is noisy: for fine formats (nf4, int4) the last
+    40 % of a run are enough."""
 
 
 @attrs.frozen(kw_only=True)

@@ -120,6 +120,15 @@ def open_source(folder: Path) -> Iterator[Source]:
         yield Source(shards=tuple(shards), specs=specs, files=files)
 
 
+def main_dtype(source: Source) -> torch.dtype:
+    """The floating-point dtype that most of a checkpoint's weights are in, bf16 where all are packed."""
+    sizes: dict[torch.dtype, int] = {}
+    for spec in source.specs.values():
+        if spec.dtype in (torch.float32, torch.float16, torch.bfloat16):
+            sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes // spec.dtype.itemsize
+    return max(sizes, key=lambda dtype: sizes[dtype]) if sizes else torch.bfloat16
+
+
 def weight_files(folder: Path) -> list[str]:
     """Names of the safetensors files of a checkpoint, in order.
 

@@ -3,47 +3,41 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
-from commands import QUICKSTART, ROOT, quantune_command, recipe, refused
+from commands import QUICKSTART, in_turn, quantune_command, recipe, refused
 
 import quantune
 
+LIGHT = [
+    ["--help"],
+    ["run", "--help"],
+    ["--version"],
+    ["check", QUICKSTART],
+    ["check", QUICKSTART, "--json"],
+    ["schema"],
+    ["explain", "QT012"],
+    ["init", "--help"],
+    ["backends", "list"],
+    ["backends", "list", "--json"],
+    ["backends", "show", "bnb"],
+    ["backends", "show", "torchao", "--json"],
+    ["backends", "check", "--help"],
+]
+HEAVY = {"torch", "transformers", "bitsandbytes", "peft", "numpy"}
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--help"],
-        ["run", "--help"],
-        ["--version"],
-        ["check", QUICKSTART],
-        ["check", QUICKSTART, "--json"],
-        ["schema"],
-        ["explain", "QT012"],
-        ["init", "--help"],
-        ["backends", "list"],
-        ["backends", "list", "--json"],
-        ["backends", "show", "bnb"],
-        ["backends", "show", "torchao", "--json"],
-        ["backends", "check", "--help"],
-    ],
-    ids=" ".join,
-)
-def test_a_command_that_loads_nothing_imports_neither_torch_nor_transformers(arguments):
-    script = (
-        "import sys, quantune.cli\n"
-        f"sys.argv = ['quantune', *{arguments!r}]\n"
-        "code = 0\n"
-        "try:\n    quantune.cli.main()\n"
-        "except SystemExit as stop:\n    code = stop.code or 0\n"
-        "heavy = {'torch', 'transformers', 'bitsandbytes', 'peft', 'numpy'} & set(sys.modules)\n"
-        "print('|', code, sorted(heavy), file=sys.stderr)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.stderr.rstrip().endswith("| 0 []"), done.stderr
-    assert done.stdout
+
+@pytest.fixture(scope="module")
+def of_light():
+    """What becomes of each command that loads nothing."""
+    return in_turn(LIGHT)
+
+
+@pytest.mark.parametrize("number", range(len(LIGHT)), ids=[" ".join(given) for given in LIGHT])
+def test_a_command_that_loads_nothing_imports_neither_torch_nor_transformers(of_light, number):
+    code, stdout, stderr, imported = of_light[number]
+    assert code == 0, stderr
+    assert stdout and not HEAVY & set(imported)
 
 
 def test_the_version_is_that_of_the_package():

@@ -9,7 +9,7 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
-from commands import quantune_command
+from commands import in_turn, quantune_command
 
 PLUGIN = """\
 import attrs
@@ -75,39 +75,47 @@ def test_a_folder_a_text_and_a_broken_plugin_make_two_tables_and_a_reason(tmp_pa
     assert (tmp_path / "chart.html").read_text().startswith("<!DOCTYPE html>")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["builtin:mini", "--only", "bnb:nf5"], 'did you mean "bnb:nf4"?'),
-        (["builtin:mini", "--only", "hqq"], "pip install quantune-hqq"),
-        (["builtin:mini", "--only", ""], "expected names of formats, found none"),
-        (["builtin:mini", "--text", "gone.txt"], "gone.txt can't be read: No such file or directory"),
-        (["builtin:mini", "--text", "."], "can't be read: Is a directory"),
-        (["builtin:mini", "--text", "blank.txt"], "blank.txt is blank"),
-        (["builtin:mini", "--text", "bytes.txt"], "expected a text file in UTF-8"),
-        (["builtin:mini", "--chart", "chart.png"], "expected a file ending in .svg or .html"),
-        (["builtin:mini", "--chart", "gone/chart.svg"], "there is no folder gone"),
-        (["builtin:mini", "--max-tokens", "3"], "--max-tokens"),
-        (["builtin:mini", "--device", "tpu"], "--device"),
-        (["builtin:huge"], 'there is no built-in model "builtin:huge"; there is builtin:mini'),
-        (["./nowhere"], "there is no folder ./nowhere"),
-        (["empty"], "found no config.json in empty"),
-        ([""], "expected a model, found nothing"),
-        ([], "Missing argument"),
-    ],
-)
-def test_bad_input_is_a_sentence_and_exit_code_2_before_torch_is_imported(tmp_path, arguments, message):
-    (tmp_path / "blank.txt").write_text(" \n")
-    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
-    (tmp_path / "empty").mkdir()
-    heavy = tmp_path / "path"
+BAD_INPUT = [
+    (["builtin:mini", "--only", "bnb:nf5"], 'did you mean "bnb:nf4"?'),
+    (["builtin:mini", "--only", "hqq"], "pip install quantune-hqq"),
+    (["builtin:mini", "--only", ""], "expected names of formats, found none"),
+    (["builtin:mini", "--text", "gone.txt"], "gone.txt can't be read: No such file or directory"),
+    (["builtin:mini", "--text", "."], "can't be read: Is a directory"),
+    (["builtin:mini", "--text", "blank.txt"], "blank.txt is blank"),
+    (["builtin:mini", "--text", "bytes.txt"], "expected a text file in UTF-8"),
+    (["builtin:mini", "--chart", "chart.png"], "expected a file ending in .svg or .html"),
+    (["builtin:mini", "--chart", "gone/chart.svg"], "there is no folder gone"),
+    (["builtin:mini", "--max-tokens", "3"], "--max-tokens"),
+    (["builtin:mini", "--device", "tpu"], "--device"),
+    (["builtin:huge"], 'there is no built-in model "builtin:huge"; there is builtin:mini'),
+    (["./nowhere"], "there is no folder ./nowhere"),
+    (["empty"], "found no config.json in empty"),
+    ([""], "expected a model, found nothing"),
+    ([], "Missing argument"),
+]
+
+
+@pytest.fixture(scope="module")
+def of_bad_input(tmp_path_factory):
+    """What becomes of each bad input where importing anything heavy ends the command."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "blank.txt").write_text(" \n")
+    (folder / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    (folder / "empty").mkdir()
+    heavy = folder / "path"
     for name in ("torch", "transformers", "numpy"):
         (heavy / name).mkdir(parents=True)
         (heavy / name / "__init__.py").write_text("raise SystemExit('imported too early')")
     path = os.pathsep.join([str(heavy), os.environ.get("PYTHONPATH", "")])
-    done = compare(*arguments, cwd=tmp_path, PYTHONPATH=path)
-    assert done.returncode == 2, done.stderr
-    assert message in " ".join(done.stderr.split()) and "Traceback" not in done.stderr and done.stdout == ""
+    commands = [["backends", "compare", *arguments] for arguments, _ in BAD_INPUT]
+    return in_turn(commands, cwd=folder, PYTHONPATH=path)
+
+
+@pytest.mark.parametrize("number", range(len(BAD_INPUT)), ids=[" ".join(given) for given, _ in BAD_INPUT])
+def test_bad_input_is_a_sentence_and_exit_code_2_before_torch_is_imported(of_bad_input, number):
+    code, stdout, stderr, _ = of_bad_input[number]
+    assert code == 2, stderr
+    assert BAD_INPUT[number][1] in " ".join(stderr.split()) and "Traceback" not in stderr and stdout == ""
 
 
 def test_a_text_of_a_few_tokens_is_refused(tmp_path):

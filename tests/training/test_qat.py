@@ -235,10 +235,16 @@ def adapter_bytes(folder):
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_a_resumed_run_ends_with_the_same_bytes_and_its_adapter_answers_as_it_was_evaluated(kind, data, tmp_path):
-    adapted, config = KINDS[kind]
+@pytest.mark.parametrize(
+    ("kind", "format", "activation_dtype"), [("lora", "bnb nf4", None), ("full", "torchao int8", "int8")]
+)
+def test_a_resumed_run_ends_with_the_same_bytes_and_merges_as_it_was_evaluated(
+    kind, format, activation_dtype, data, tmp_path
+):
+    adapted, _ = KINDS[kind]
+    config = {"activation_dtype": activation_dtype}
     made = recipe(
+        format,
         adapted=adapted,
         qat={**config, "fake_quant_after_steps": 2},
         data=data,
@@ -254,7 +260,7 @@ def test_a_resumed_run_ends_with_the_same_bytes_and_its_adapter_answers_as_it_wa
         run(made, tmp_path / "stopped", observer=StopsIn(1))
     run(made, tmp_path / "stopped", "resume")
     assert adapter_bytes(tmp_path / "stopped") == adapter_bytes(tmp_path / "whole")
-    plain = attrs.evolve(made, training=attrs.evolve(made.training, qat=QatConfig(fake_quant_after_steps=4)))
+    plain = attrs.evolve(made, training=attrs.evolve(made.training, qat=QatConfig(**config, fake_quant_after_steps=4)))
     run(plain, tmp_path / "later")
     assert adapter_bytes(tmp_path / "later") != adapter_bytes(tmp_path / "whole")  # steps 3 and 4 did round
 
@@ -267,7 +273,7 @@ def test_a_resumed_run_ends_with_the_same_bytes_and_its_adapter_answers_as_it_wa
     assert held_out_loss(loaded.eval(), base, made) == pytest.approx(whole.evaluations[-1].loss, rel=1e-6)
 
     tokens = torch.arange(24)[None]
-    for onto in ("dequantized", "packed"):
+    for onto in ("packed",) if activation_dtype else ("packed", "dequantized"):  # dense layers round no inputs
         request = MergeRequest(
             adapters=(find_adapter(whole.folder),),
             weights=(1.0,),
