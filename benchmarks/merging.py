@@ -1,6 +1,6 @@
 """What each way of merging keeps of what was trained, for every built-in format, on the quickstart recipe.
 
-    python benchmarks/merging.py --runs /tmp/merging
+    python benchmarks/merging.py --runs runs/merging
 
 Two adapters are trained for each format: a large update (60 steps at 3e-3, about 10 % of the weights) and a small one
 (20 steps at 3e-4, about half a percent). Runs that are in the folder already are not trained again.
