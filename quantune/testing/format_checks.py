@@ -12,6 +12,7 @@ from torch import Tensor
 from quantune.backends.backend import pack_weight
 from quantune.backends.layout import PackedWeight, TensorSpec
 from quantune.errors import QuantizationError
+from quantune.merge.rounding import grid_of, with_codes
 from quantune.testing.case import Subject
 from quantune.testing.failing import expecting_no_error, fail, require
 from quantune.testing.weights import DTYPES, KINDS, relative_error, same_bits, steps_apart
@@ -87,6 +88,24 @@ class FormatChecks:
                     "values and options alone: no random numbers, no memory of earlier weights, nothing left "
                     "uninitialized (checkpoints and ranks are compared by these bytes)",
                 )
+
+    def test_codes_stand_for_the_values_that_are_said(self, subject: Subject) -> None:
+        backend, packed = subject.backend, subject.pack(subject.weight())
+        with expecting_no_error("element_values or with_elements"):
+            grid = grid_of(backend, packed)
+            if grid is None:
+                pytest.skip("the format does not say which values its codes stand for")
+            generator = torch.Generator().manual_seed(0)
+            index = torch.randint(len(grid.codes_C), packed.layout.shape, generator=generator)
+            found = subject.dequantize(with_codes(backend, packed, grid.codes_C[index]))
+        expected = grid.values_C[index] * grid.scale_IO.T + grid.offset_IO.T
+        error = relative_error(found, expected)
+        require(
+            error < SAME_CODE,
+            f"weights with other codes, written by with_elements, are off by {error:.2g} from what element_values says "
+            "they stand for; each weight must be its code's value times a scale, plus an offset, and the codes "
+            "(out features, in features)",
+        )
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("device", ["cuda"])

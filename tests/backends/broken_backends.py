@@ -21,6 +21,7 @@ from broken_description import probing_with_torch
 from quantune_tiny import TinyOptions, description
 from quantune_tiny.formats import TinyBackend
 
+from quantune.backends import kernels
 from quantune.backends.backend import Backend
 from quantune.backends.description import BackendDescription, Probe
 from quantune.backends.layout import PackedWeight, TensorSpec
@@ -85,6 +86,7 @@ OWN = "a_result_is_the_callers_own"
 PLACE = "bytes_mean_the_same_wherever_they_lie"
 CUT = "bytes_cut_anywhere_and_rejoined_mean_the_same"
 STATE = "weights_do_not_share_state"
+CODES = "codes_stand_for_the_values_that_are_said"
 MERGE = "merging_adds_in_fp32_and_rounds_once"
 MERGE_NOTHING = "merging_nothing_changes_nothing"
 ADOPT = "exported_tensors_are_adopted_bit_for_bit"
@@ -96,6 +98,20 @@ RESUME = "a_layer_resumes_from_its_state"
 LAYER = "a_layer_equals_a_dense_one_on_the_dequantized_weight"
 LORA = "a_low_rank_update_trains_as_over_a_dense_weight"
 RANKS = "two_ranks_train_as_one_process"
+
+
+# Values of codes ------------------------------------------------------------------------------------------------------
+
+
+@backend(CODES, says="are off by", options=INT4)
+class CodesOfAnotherOrder(TinyBackend):
+    """Says that codes count up from 0, where those with the high bit are negative."""
+
+    def element_values(self, options):
+        return tuple(range(16))
+
+    def with_elements(self, packed, codes):
+        return {**packed.views(), "codes": kernels.pack_nibbles(codes, high_first=False)}
 
 
 # Values ---------------------------------------------------------------------------------------------------------------
