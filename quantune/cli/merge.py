@@ -176,7 +176,7 @@ def print_result(result: MergeResult, onto: str, *, aware: bool = False) -> None
     out.print(f"[bold]{escape(str(result.folder))}[/]  {size(result.nbytes)} in {result.seconds:.1f} s")
     out.print(f"{', '.join(parts)}; {result.dtype}, onto the {onto} base")
     if result.verification is not None:
-        print_verification(result.verification, way="packed, aware" if aware else onto)
+        print_verification(result.verification, way="packed, aware" if aware else onto, exact=result.exact)
 
 
 class ConsoleObserver:

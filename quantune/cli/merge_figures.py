@@ -13,14 +13,13 @@ if TYPE_CHECKING:
     from quantune.merge.verify import Verification
 
 
-def print_verification(verification: Verification, *, way: str) -> None:
-    """What was found, on standard output; a problem is the caller's to raise.
+def print_verification(verification: Verification, *, way: str, exact: bool) -> None:
+    """What was found, on standard output: that an `exact` merge has passed, or how far an approximation is off.
 
-    The `way` of merging is one of a comparison: `dequantized` has passed, others are approximations, whose distance is
-    said; so is that one where training rounded activations, which dense weights don't.
+    `way` is the way of merging, as the comparison calls it.
     """
     found = verification.found
-    if way != "dequantized" or not verification.passed:
+    if not exact:
         _print_approximation(verification, way)
         return
     effect = "" if verification.adapter is None else f"; the base alone is {_nats(verification.adapter.kl)} away"

@@ -16,7 +16,7 @@ from quantune.checkpoint.run_folder import PACKED
 from quantune.merge.opening import Opened, head_unit, open_merge, require_onto, require_places
 from quantune.merge.packed import choose_weights, pack_into, plan_packed
 from quantune.merge.request import MergeRequest, MergeResult, Observer
-from quantune.merge.trial import try_merged
+from quantune.merge.trial import is_exact, try_merged
 from quantune.merge.verify import Verification
 from quantune.merge.weights import BaseWeights, MergeJob, vocabulary_weights
 from quantune.model.load import fingerprint_of
@@ -105,6 +105,7 @@ def write(opened: Opened, request: MergeRequest, observer: Observer, trial: Try 
             nbytes=nbytes,
             seconds=time.perf_counter() - begun,
             dtype=str(dtype).removeprefix("torch."),
+            exact=is_exact(opened, request.onto),
             verification=None if trial is None else trial(output.partial, dtype),
         )
         with disk_errors(output.target):

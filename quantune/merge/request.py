@@ -146,5 +146,7 @@ class MergeResult:
     nbytes: int
     seconds: float
     dtype: str
+    exact: bool
+    """Whether it must answer as base and adapter did, but for the rounding to its dtype."""
     verification: Verification | None
     """What comparing it with base and adapter gave; None where they were not compared."""

@@ -16,6 +16,7 @@ from quantune.merge.opening import Opened
 from quantune.merge.prompts import FEW_TOKENS, MAX_TOKENS, Prompts, prompts_of
 from quantune.merge.request import MergeRequest, Observer
 from quantune.merge.verify import Verification
+from quantune.merge.weights import Onto
 from quantune.model.adapter import NAME, adapter_tensors, custom_modules
 from quantune.model.base import open_base
 from quantune.model.load import load_model
@@ -35,8 +36,7 @@ def try_merged(
 ) -> Verification | None:
     """Compare a merged model with base and adapter, if that was asked for, or nothing was asked and it fits.
 
-    Merged onto the dequantized base it must answer alike, unless activations were rounded in training, which dense
-    weights don't make a model do; otherwise the distance is measured alone.
+    Where the merge is exact it must answer alike; otherwise the distance is measured alone.
 
     Raises:
         VerificationError: it does not answer alike.
@@ -57,9 +57,20 @@ def try_merged(
         prompts_for(opened, request),
         dtype=dtype,
     )
-    if request.onto == "dequantized" and _activation_dtype(opened) is None:
+    if is_exact(opened, request.onto):
         found.require()
     return found
+
+
+def is_exact(opened: Opened, onto: Onto) -> bool:
+    """Whether a right merge answers as base and adapter did, but for the rounding to its dtype.
+
+    On the dequantized base it does, unless activations were rounded in training, which dense weights don't make a model
+    do; packed it does where weights were rounded in training as packing rounds them.
+    """
+    if onto == "packed":
+        return opened.rounding is not None
+    return onto == "dequantized" and _activation_dtype(opened) is None
 
 
 def prompts_for(opened: Opened, request: MergeRequest, *, trained_on: bool = False) -> Prompts:
