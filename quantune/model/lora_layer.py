@@ -107,18 +107,21 @@ class QuantLoraLinear(RoundedLora):
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold adapters into the packed weight as a packed merge does: dequantize, add in fp32, pack again."""
-        base = self.get_base_layer()
-        weight_format = base.weight_format
+        base: Any = self.get_base_layer()
+        weight_format: WeightFormat = base.weight_format
         for adapter in check_adapters_to_merge(self, adapter_names) or []:
             if adapter not in self.lora_A:
                 continue
             weight = base.dequantize(torch.float32)
-            magnitude = self.lora_magnitude_vector[adapter].weight if adapter in self.lora_magnitude_vector else None
+            magnitude: Any = None
+            if adapter in self.lora_magnitude_vector:
+                magnitude = self.lora_magnitude_vector[adapter].weight
             if adapter in self.lora_variant and (magnitude is None or self.merged_adapters):
                 merged = self.lora_variant[adapter].merge_safe(self, adapter, weight)
             else:
-                factors = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-                merged = with_delta(weight, lora_delta(*factors, self.scaling[adapter]), magnitude)
+                lora_A: Any = self.lora_A[adapter].weight
+                lora_B: Any = self.lora_B[adapter].weight
+                merged = with_delta(weight, lora_delta(lora_A, lora_B, self.scaling[adapter]), magnitude)
             base.weight.data = pack_merged(weight_format.backend, merged, weight_format.layout).data
             self.merged_adapters.append(adapter)
 
