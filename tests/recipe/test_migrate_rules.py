@@ -844,6 +844,24 @@ QUANTIZED = [
         {"quantization.weight_dtype": "int4", "quantization.group_size": 32, "training.qat.fake_quant_after_steps": 0},
     ),
     (
+        {"adapter": "lora", "qat": {"weight_dtype": "INT4"}},
+        "qat.weight_dtype",
+        "changed",
+        {"quantization.weight_dtype": "int4", "quantization.group_size": 32},
+    ),
+    (
+        {"adapter": "lora", "lora_dropout": 0.05, "qat": {"weight_dtype": "int4"}},
+        "lora_dropout",
+        "changed",
+        {"adapter.dropout": NOTHING},
+    ),
+    (
+        {"adapter": "lora", "torch_compile": True, "qat": {"weight_dtype": "int4"}},
+        "torch_compile",
+        "changed",
+        {"training.compile": NOTHING},
+    ),
+    (
         {"adapter": NOTHING, "qat": {"weight_dtype": "nvfp4", "group_size": 16, "fake_quant_after_n_steps": 9}},
         "qat.weight_dtype",
         "changed",

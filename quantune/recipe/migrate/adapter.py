@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from quantune.recipe.migrate.qat import trains
 from quantune.recipe.migrate.rule import (
     Config,
     Leaf,
@@ -18,6 +19,7 @@ from quantune.recipe.migrate.rule import (
     same,
     translate,
     write,
+    writes,
 )
 from quantune.recipe.migrate.rule import value as takes
 from quantune.recipe.migrate.values import Unusable, flag, is_off, names, number, whole
@@ -81,6 +83,15 @@ def _init(leaf: Leaf) -> Outcome:
     return refuse(f"quantune begins an update in one of these ways: default, {', '.join(_INITS)}")
 
 
+def _dropout(leaf: Leaf) -> Outcome:
+    rate = number(leaf.value)
+    if rate and trains(leaf.config):
+        return writes(
+            {}, "qat rounds the sum of base and adapter, which has one input; there is no dropout", changed=True
+        )
+    return write("adapter.dropout", rate)
+
+
 def _loftq(leaf: Leaf) -> Outcome:
     whole(leaf.value)
     note = "for the format that [quantization] names, whatever loftq_bits says"
@@ -90,7 +101,7 @@ def _loftq(leaf: Leaf) -> Outcome:
 RULES: tuple[Rule, ...] = (
     takes("lora_r", "adapter.r", whole),
     takes("lora_alpha", "adapter.alpha", number),
-    takes("lora_dropout", "adapter.dropout", number),
+    translate("lora_dropout", to="`adapter.dropout`", by=_dropout),
     translate("lora_target_modules", to="`adapter.targets`", by=_target_modules),
     translate("lora_target_linear", to='`adapter.targets = "all-linear"`, or among others', by=_target_linear),
     takes("lora_target_parameters", "adapter.target_parameters", names),
