@@ -102,7 +102,7 @@ class Backend(abc.ABC):
         """How another library reads checkpoints of this format, where one does.
 
         Args:
-            activation_dtype: one of those that the description names for the weight dtype.
+            activation_dtype: one of `options.activation_dtypes()`.
 
         Raises:
             QuantizationError: none does; the message says which format of the backend has a reader instead.
