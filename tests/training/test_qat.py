@@ -338,7 +338,11 @@ def test_rounded_inputs_that_no_reader_takes_are_refused_before_training(dtype, 
     with torch.device("meta"):
         model = LlamaForCausalLM(config).to(dtype)
     made = recipe("torchao fp8", qat={"activation_dtype": "fp8"})
-    refused = contextlib.nullcontext() if said is None else pytest.raises(ModelError, match=f"{said}.*; leave activation_dtype out")
+    refused = (
+        contextlib.nullcontext()
+        if said is None
+        else pytest.raises(ModelError, match=f"{said}.*; leave activation_dtype out")
+    )
     with refused:
         assert qat.plan_rounding(model, made.training.qat, made.quantization, made.adapter).layers
 
