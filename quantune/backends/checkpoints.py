@@ -18,6 +18,12 @@ from quantune.recipe.schema import QuantizationConfig
 EXCLUSIONS = ("modules_to_not_convert", "llm_int8_skip_modules", "exclude", "ignore", "ignored_layers")
 """What quantization methods call the modules they leave in full precision."""
 
+ROUNDING_ACTIVATIONS = {
+    "Int8DynamicActivationInt8WeightConfig": "int8",
+    "Float8DynamicActivationFloat8WeightConfig": "fp8",
+}
+"""torchao's configurations of readers that round activations."""
+
 
 @attrs.frozen(kw_only=True)
 class FormatProblem:
@@ -35,6 +41,12 @@ def quant_method(stored: Mapping[str, Any]) -> str | None:
     if method is None and (stored.get("load_in_4bit") or stored.get("load_in_8bit")):
         return "bitsandbytes"
     return str(method) if method is not None else None
+
+
+def stored_activation_dtype(stored: Mapping[str, Any]) -> str | None:
+    """What the reader of a quantized checkpoint rounds activations to, where its config says so as torchao's does."""
+    written = json.dumps(stored, default=str)
+    return next((dtype for kind, dtype in ROUNDING_ACTIVATIONS.items() if kind in written), None)
 
 
 def in_words(stored: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +77,16 @@ def write_committed(
     return target
 
 
-def verify(folder: Path) -> None:
-    """Check that every file of a committed folder is as it was written. Files that it does not list are let be.
+def verify(folder: Path, names: Collection[str] | None = None) -> None:
+    """Check that every file of a committed folder, or those of `names`, is as it was written. Files that it does not
+    list are let be.
 
     Raises:
         CheckpointError: naming the file that is missing or damaged, or that lies outside the folder.
     """
     for name, entry in manifest_files(folder).items():
+        if names is not None and name not in names:
+            continue
         try:
             _verify_file(folder, name, entry["size"], entry["sha256"])
         except (OSError, ValueError) as error:  # a disk that fails; a name that can't be one

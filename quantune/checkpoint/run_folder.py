@@ -44,7 +44,7 @@ HISTORY = "history.jsonl"
 FILES = ("recipe.toml", "manifest.json", "metrics.jsonl", HISTORY, STATUS)
 PACKED = "the packed weights"
 """What the manifest's fingerprints call that of the quantized base."""
-FOLDERS = ("checkpoints", "adapter", "adapter.replaced", "merged", "merged.partial")
+FOLDERS = ("checkpoints", "adapter", "adapter.replaced", "merged", "merged.partial", "merged.replaced")
 LOGS = "logs"
 LOCK = ".lock"
 OVERWRITING = ".overwriting"

@@ -15,7 +15,7 @@ from quantune.errors import InputError
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(help="The folder of a run.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a run, or of its adapter.")],
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="A prompt; give several for several answers.")
     ] = None,
@@ -29,9 +29,14 @@ def generate(
 ) -> None:
     """Answer prompts (or the lines of standard input) with the base, quantized as in training, and its adapter."""
     if not (run / "recipe.toml").is_file():
-        raise InputError(f"expected the folder of a run, found no recipe.toml in {run}")
-    if not no_adapter and not (run / "adapter").is_dir():
-        raise InputError(f"the run in {run} is not finished and has no adapter yet; go on with quantune run --resume")
+        merged = (run / "merge.json").is_file()
+        hint = "; a merged model needs no quantune: load it with transformers" if merged else ""
+        raise InputError(f"expected the folder of a run or of its adapter, found no recipe.toml in {run}{hint}")
+    adapter = run if (run / "adapter_config.json").is_file() else run / "adapter"
+    if not no_adapter and not adapter.is_dir():
+        raise InputError(
+            f"the run in {run} is not finished and has no adapter yet; go on with quantune run RECIPE --resume"
+        )
     recipe = open_recipe(run / "recipe.toml", data=False)
     prompts = list(prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()])
     if not prompts:
@@ -42,7 +47,7 @@ def generate(
 
     answers = answer(
         recipe,
-        None if no_adapter else run / "adapter",
+        None if no_adapter else adapter,
         prompts,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from enum import Enum
 from pathlib import Path
@@ -25,9 +26,12 @@ from rich.progress import (
 from quantune.cli.console import err, out, quiet_libraries, size, warning
 from quantune.cli.merge_figures import print_verification, print_ways
 from quantune.cli.recipes import open_recipe
-from quantune.errors import InputError
+from quantune.errors import EXIT_ABORTED, InputError
+from quantune.merge import REPORT
+from quantune.streaming.output import PARTIAL, require_free, require_shard_size
 
 if TYPE_CHECKING:
+    from quantune.merge.comparison import WaysTable
     from quantune.merge.request import MergeResult, Setting
     from quantune.merge.trained import TrainedAdapter
     from quantune.recipe.schema import Recipe
@@ -120,63 +124,84 @@ def merge(
 ) -> None:
     """Merge an adapter into its base, as a checkpoint that transformers loads."""
     named = _named(trained, adapters)
+    given = onto is not Onto.dequantized or aware or overwrite or verify is not None or out_folder is not None
+    if compare and given:
+        raise InputError(
+            "--compare merges in every way, measures each and writes nothing; leave out --onto, --aware, --out, "
+            "--overwrite and --verify"
+        )
     if aware and onto is not Onto.packed:
         raise InputError(
             f"--aware chooses how weights are packed, and --onto {onto.value} packs none; "
             "add --onto packed, or leave it out"
         )
-    with ConsoleObserver(quiet=as_json) as observer:
-        observer.phase("importing torch and transformers")
-        quiet_libraries()
-        from quantune.merge.merge import merge
-        from quantune.merge.request import WRITTEN_IN, MergeRequest
-        from quantune.merge.trained import find_adapter
-        from quantune.model.device import choose_device
-
-        found = tuple(find_adapter(folder) for folder, _ in named)
-        base = None if base is None else os.path.abspath(base) if os.path.isdir(base) else base
-        recipes = _recipes(found, base, recipe)
-        request = MergeRequest(
-            adapters=found,
-            weights=tuple(weight for _, weight in named),
-            setting=_setting(found, recipes, base),
-            recipe=recipes[0],
-            out=out_folder or _beside(found, compare),
-            onto=onto.value,
-            dtype=None if dtype is None else WRITTEN_IN[dtype.value],
-            max_shard_size=max_shard_size,
-            force=force,
-            overwrite=overwrite,
-            aware=aware,
-            verify=verify,
-            trust_remote_code=trust_remote_code,
-        )
-        where = choose_device(device.value)
-        if compare:
+    require_shard_size(max_shard_size)
+    where_to = _out(named, out_folder, compare)
+    if not compare:
+        require_free(where_to, REPORT, overwrite=overwrite)
+    try:
+        with ConsoleObserver(quiet=as_json) as observer:
+            observer.phase("importing torch and transformers")
+            quiet_libraries()
+            from quantune.merge.merge import merge
+            from quantune.merge.request import WRITTEN_IN, MergeRequest
+            from quantune.merge.trained import find_adapter
             from quantune.merge.ways import compare_ways
+            from quantune.model.device import choose_device
 
-            ways = compare_ways(request, where, observer)
-        else:
-            result = merge(request, where, observer)
+            weights = tuple(weight for _, weight in named)
+            found = tuple(find_adapter(folder) for folder, _ in named)
+            base = None if base is None else os.path.abspath(base) if os.path.isdir(base) else base
+            recipes = _recipes(found, base, recipe)
+            request = MergeRequest(
+                adapters=found,
+                weights=weights,
+                setting=_setting(found, recipes, weights, base),
+                recipe=recipes[0],
+                out=where_to,
+                onto=onto.value,
+                dtype=None if dtype is None else WRITTEN_IN[dtype.value],
+                max_shard_size=max_shard_size,
+                force=force,
+                overwrite=overwrite,
+                aware=aware,
+                verify=verify,
+                trust_remote_code=trust_remote_code,
+            )
+            do = compare_ways if compare else merge
+            made = do(request, choose_device(device.value), observer)
+    except KeyboardInterrupt:  # typer would end without a word
+        _aborted(where_to)
+        raise typer.Exit(EXIT_ABORTED) from None
+    _print(made, as_json=as_json, way="packed, aware" if aware else onto.value)
+
+
+def _print(made: MergeResult | WaysTable, *, as_json: bool, way: str) -> None:
+    """What came of it, on standard output."""
+    from quantune.merge.request import MergeResult
+
     if as_json:
-        found_out = attrs.asdict(ways) if compare else attrs.asdict(result)
-        out.print_json(json.dumps(found_out, default=str))
-    elif compare:
-        print_ways(ways)
+        document = attrs.asdict(made)
+        if isinstance(made, MergeResult) and made.verification is not None:
+            document["verification"]["kept"] = made.verification.kept
+        out.print_json(json.dumps(document, default=str))
+    elif isinstance(made, MergeResult):
+        print_result(made, way)
     else:
-        print_result(result, onto.value, aware=aware)
+        print_ways(made)
 
 
-def print_result(result: MergeResult, onto: str, *, aware: bool = False) -> None:
-    """What was merged, on standard output."""
+def print_result(result: MergeResult, way: str) -> None:
+    """What was merged in which way, on standard output."""
     parts = [f"{result.merged} weights merged"]
     if result.dequantized:
         parts.append(f"{result.dequantized} dequantized as they were trained on")
     parts.append(f"{result.kept} tensors as they were")
     out.print(f"[bold]{escape(str(result.folder))}[/]  {size(result.nbytes)} in {result.seconds:.1f} s")
+    onto = way.partition(",")[0]
     out.print(f"{', '.join(parts)}; {result.dtype}, onto the {onto} base")
     if result.verification is not None:
-        print_verification(result.verification, way="packed, aware" if aware else onto, exact=result.exact)
+        print_verification(result.verification, way=way, exact=result.exact)
 
 
 class ConsoleObserver:
@@ -217,6 +242,9 @@ class ConsoleObserver:
     def wrote(self, nbytes: int) -> None:
         self.bar.advance(self.task, nbytes)
 
+    def note(self, text: str) -> None:
+        err.print(escape(text))
+
     def warning(self, text: str) -> None:
         warning(text)
 
@@ -235,7 +263,10 @@ def _weighted(text: str) -> tuple[Path, float]:
     if not colon or Path(text).exists():
         return Path(text), 1.0
     try:
-        return Path(folder), float(weight)
+        number = float(weight)
+        if not math.isfinite(number):
+            raise ValueError
+        return Path(folder), number
     except ValueError:
         raise InputError(f"--adapter: expected FOLDER:WEIGHT with a number, e.g. runs/a:0.7, found {text}") from None
 
@@ -247,7 +278,12 @@ def _recipes(adapters: tuple[TrainedAdapter, ...], base: str | None, recipe: Pat
     return tuple(None if source is None else open_recipe(source, overrides, data=False) for source in sources)
 
 
-def _setting(adapters: tuple[TrainedAdapter, ...], recipes: tuple[Recipe | None, ...], base: str | None) -> Setting:
+def _setting(
+    adapters: tuple[TrainedAdapter, ...],
+    recipes: tuple[Recipe | None, ...],
+    weights: tuple[float, ...],
+    base: str | None,
+) -> Setting:
     """What the adapters were trained on, which is one thing for all of them."""
     from quantune.merge.request import Setting, require_one_setting
 
@@ -261,12 +297,26 @@ def _setting(adapters: tuple[TrainedAdapter, ...], recipes: tuple[Recipe | None,
                 f"the adapter in {adapter.folder} does not say how its base was quantized: it is merged onto the base "
                 "as it is. --recipe FILE says otherwise"
             )
-    return require_one_setting(settings)
+    return require_one_setting(settings, weights)
 
 
-def _beside(adapters: tuple[TrainedAdapter, ...], compare: bool) -> Path:
-    if compare:
-        return (adapters[0].run or adapters[0].folder) / "merged"
-    if len(adapters) == 1 and adapters[0].run is not None:
-        return adapters[0].run / "merged"
+def _out(named: list[tuple[Path, float]], given: Path | None, compare: bool) -> Path:
+    """Where the merged model goes."""
+    if given is not None:
+        return given
+    folder = named[0][0]
+    run = folder.parent if folder.resolve().name == "adapter" and _is_run(folder.parent) else folder
+    if compare or (len(named) == 1 and (_is_run(run) or not folder.is_dir())):
+        return run / "merged"
     raise InputError("expected --out DIR: only the merge of one run has a place of its own")
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "status.json").is_file()
+
+
+def _aborted(out_folder: Path) -> None:
+    """Say what Ctrl-C left."""
+    partial = out_folder.with_name(out_folder.name + PARTIAL)
+    left = f"what is complete waits in {partial}, and the same command goes on with it" if partial.exists() else ""
+    err.print(f"[bold yellow]aborted[/]{': ' if left else ''}{escape(left)}")

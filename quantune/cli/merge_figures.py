@@ -44,8 +44,8 @@ def _print_approximation(verification: Verification, way: str) -> None:
     if base is not None and kept is not None:
         share = f", {kept:.1%} of the improvement from {base:.4f} to {verification.trained_loss:.4f}"
     out.print(
-        f"[yellow]an approximation[/]: loss {verification.loss:.4f}{share}; KL {_nats(verification.found.kl)} per "
-        f"token from base + adapter, {_agreement(verification)}"
+        f"[yellow]an approximation[/]: loss {verification.loss:.4f} over {verification.targets:,} target tokens{share}"
+        f"; KL {_nats(verification.found.kl)} per token from base + adapter, {_agreement(verification)}"
     )
     text = warning_of(way, kept)
     if text is not None:

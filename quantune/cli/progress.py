@@ -25,6 +25,7 @@ class ConsoleObserver:
     def __init__(self, recipe: Recipe) -> None:
         self.every = recipe.logging.every_steps
         self.total = 0
+        self.rounding = _rounding(recipe)
         self.recent: deque[StepMetrics] = deque(maxlen=AVERAGED_STEPS)
         self.bar = Progress(
             SpinnerColumn(),
@@ -87,6 +88,8 @@ class ConsoleObserver:
             f"{summary.seconds:.1f} s, peak {size(summary.peak_bytes)}; training {summary.trainable:,} weights "
             f"({summary.trainable / total:.1%}) on {summary.targets} layers"
         )
+        if self.rounding is not None:
+            err.print(f"what is trained computes as it will be packed ({self.rounding})")
 
     def start(self, step: int, total: int) -> None:
         self.total = total
@@ -124,8 +127,8 @@ class ConsoleObserver:
         )
 
 
-def print_result(result: RunResult) -> None:
-    """What a finished run came to, on standard output."""
+def print_result(result: RunResult, *, packs: bool) -> None:
+    """What a finished run came to, on standard output; `packs`: it was trained to be packed."""
     if result.evaluations:
         shown = table("evaluation", ">loss", ">perplexity", ">exact match")
         for evaluation in result.evaluations:
@@ -140,4 +143,16 @@ def print_result(result: RunResult) -> None:
     out.print(f"{result.steps} steps{here} in {result.seconds:.0f} s")
     out.print(f"adapter: {escape(str(result.adapter))}")
     out.print(f"try it:  quantune generate {escape(str(result.folder))} --prompt '...'")
-    out.print(f"merge:   quantune merge {escape(str(result.folder))}")
+    onto = " --onto packed" if packs else ""
+    out.print(f"merge:   quantune merge {escape(str(result.folder))}{onto}")
+
+
+def _rounding(recipe: Recipe) -> str | None:
+    """What a run with `[training.qat]` rounds to, and when."""
+    qat, quantization = recipe.training.qat, recipe.quantization
+    if qat is None or quantization is None:
+        return None
+    weight_dtype = getattr(quantization.options, "weight_dtype", quantization.backend)
+    inputs = f", inputs to {qat.activation_dtype}" if qat.activation_dtype else ""
+    begin = f", in training from step {qat.fake_quant_after_steps + 1} on" if qat.fake_quant_after_steps else ""
+    return f"weights to {weight_dtype}{inputs}{begin}"

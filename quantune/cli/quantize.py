@@ -13,8 +13,10 @@ from quantune.cli.compare import Device, named_model
 from quantune.cli.console import out, quiet_libraries, size, table
 from quantune.cli.merge import ConsoleObserver
 from quantune.errors import InputError
+from quantune.quantize import REPORT
 from quantune.quantize.choice import choose
 from quantune.recipe.schema import ModelConfig
+from quantune.streaming.output import require_free, require_shard_size
 
 if TYPE_CHECKING:
     from quantune.comparison.rows import LayerFigures
@@ -60,6 +62,8 @@ def quantize(
             f"expected a model, found the folder of a run: quantune merge {model} makes a model of it, and quantune "
             f"quantize {Path(model) / 'merged'} packs that"
         )
+    require_shard_size(max_shard_size)
+    require_free(folder, REPORT, overwrite=overwrite)
     config = ModelConfig(base=named_model(model), trust_remote_code=trust_remote_code)
     with ConsoleObserver(quiet=as_json) as observer:
         observer.phase("importing torch and transformers")
@@ -69,7 +73,6 @@ def quantize(
         from quantune.quantize.quantize import quantize as pack
 
         base = open_base(config, allow_remote_code=trust_remote_code)
-        observer.phase("packing")
         made = pack(
             base,
             choice,

@@ -167,7 +167,7 @@ def _train(
     if as_json:
         out.print_json(json.dumps(attrs.asdict(result), default=str))
     else:
-        print_result(result)
+        print_result(result, packs=checked.training.qat is not None)
 
 
 def _unheard(problem: Problem) -> None:

@@ -32,7 +32,7 @@ EMPHASES = (0.0, 100.0, 10_000.0)
 """What is tried beside plain packing, in multiples of the mean energy of an input. On the built-in model updates of
 10 % of the weights want none, those of 0.5 % and less a large one."""
 MOMENT_BYTES = 1 << 31
-"""Second moments of inputs that are held at a time; more layers take more passes."""
+"""Second moments of inputs that are held at a time, at least one layer's; more layers take more passes."""
 
 
 @attrs.frozen(kw_only=True, eq=False)

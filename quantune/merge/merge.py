@@ -13,23 +13,25 @@ import torch
 
 from quantune.checkpoint.fingerprint import environment
 from quantune.checkpoint.run_folder import PACKED
-from quantune.merge.opening import Opened, head_unit, open_merge, require_onto, require_places
-from quantune.merge.packed import choose_weights, pack_into, plan_packed
+from quantune.errors import ModelError, VerificationError
+from quantune.merge import REPORT
+from quantune.merge.opening import Opened, open_merge, require_onto, require_places, require_same_base, with_head
+from quantune.merge.packed import choose_weights, pack_into, plan_packed, require_choice
 from quantune.merge.request import MergeRequest, MergeResult, Observer
+from quantune.merge.trained import BASE_FILES
 from quantune.merge.trial import is_exact, try_merged
 from quantune.merge.verify import Verification
 from quantune.merge.weights import BaseWeights, MergeJob, vocabulary_weights
 from quantune.model.load import fingerprint_of
 from quantune.model.vocabulary import Additions
+from quantune.quantize.packer import Packer
 from quantune.streaming.adopted import AdoptedSource, adopted
-from quantune.streaming.companions import write_companions
-from quantune.streaming.mapping import units
-from quantune.streaming.output import disk_errors, open_output, require_free
-from quantune.streaming.rewrite import rewrite
+from quantune.streaming.companions import companion_bytes, write_companions
+from quantune.streaming.mapping import Unit, units
+from quantune.streaming.output import Output, disk_errors, open_output, require_free, require_space
+from quantune.streaming.rewrite import planned_bytes, rewrite
 from quantune.streaming.source import Source, main_dtype, open_source
 
-REPORT = "merge.json"
-"""In a merged folder: what it was made of."""
 Try = Callable[[Path, torch.dtype], Verification | None]
 """Compares the model in a folder, its weights in a dtype, with base and adapter; raises where it is another one."""
 
@@ -47,6 +49,15 @@ def merge(request: MergeRequest, device: torch.device, observer: Observer) -> Me
     """
     require_free(request.out, REPORT, overwrite=request.overwrite)
     opened = open_merge(request, device, observer)
+    require_onto(opened, request.onto)
+    if request.aware:
+        require_choice(opened)
+    with open_source(opened.folder) as stored:
+        job, found, packing = prepare(opened, request, stored)
+        written = job if packing is None else pack_into(job, packing, found, {})
+        beside = companion_bytes(opened.folder)
+        require_space(request.out, planned_bytes(job.source, found, written, beside=beside))
+    require_same_base(opened, request, observer)
 
     def trial(folder: Path, dtype: torch.dtype) -> Verification | None:
         return try_merged(opened, request, folder, dtype, observer)
@@ -69,19 +80,24 @@ def write(opened: Opened, request: MergeRequest, observer: Observer, trial: Try 
         open_source(opened.folder) as stored,
     ):
         if output.resumed:
-            observer.warning(f"going on with {output.partial.name}: {len(output.complete)} files of it are complete")
-        job = _job(opened, request, stored)
-        found = units(opened.model, job.source.specs)
-        require_places(opened, found)
-        packing = plan_packed(opened, found, job.source, job.main_dtype) if request.onto == "packed" else None
-        if opened.untied:
-            found.append(head_unit(found, opened.model))
+            observer.note(f"going on with {output.partial}: {len(output.complete)} of its files are complete")
+        if output.discarded:
+            observer.note(f"{output.partial} was of another merge, and is begun anew")
+        job, found, packing = prepare(opened, request, stored)
         chosen = choose_weights(opened, request, observer) if request.aware else {}
         observer.phase("merging")
         written = pack_into(job, packing, found, chosen) if packing is not None else job
-        nbytes = rewrite(job.source, found, written, output, observer, max_shard_size=request.max_shard_size)
+        nbytes = rewrite(
+            job.source,
+            found,
+            written,
+            output,
+            observer,
+            beside=companion_bytes(opened.folder),
+            max_shard_size=request.max_shard_size,
+        )
         if request.onto == "dequantized" and opened.base.stored is None:
-            _compare_packed(request, job.notes, observer)
+            _compare_packed(request, job.notes, output, observer)
         dtype = request.dtype or job.main_dtype
         with disk_errors(output.target):
             write_companions(
@@ -106,7 +122,7 @@ def write(opened: Opened, request: MergeRequest, observer: Observer, trial: Try 
             seconds=time.perf_counter() - begun,
             dtype=str(dtype).removeprefix("torch."),
             exact=is_exact(opened, request.onto),
-            verification=None if trial is None else trial(output.partial, dtype),
+            verification=None if trial is None else _tried(trial, output, dtype),
         )
         with disk_errors(output.target):
             (output.partial / REPORT).write_text(_report(result, request, identity), encoding="utf-8")
@@ -114,10 +130,33 @@ def write(opened: Opened, request: MergeRequest, observer: Observer, trial: Try 
     return result
 
 
+def prepare(opened: Opened, request: MergeRequest, stored: Source) -> tuple[MergeJob, list[Unit], Packer | None]:
+    """What gives the merged weights, of which units of the base's checkpoint, and what packs them, if anything does.
+
+    Raises:
+        ModelError: the checkpoint lacks a weight that the adapter changes.
+        InputError: no library reads the format, or it does not take one of the weights.
+    """
+    job = _job(opened, request, stored)
+    found = units(opened.model, job.source.specs)
+    require_places(opened, found)
+    packing = plan_packed(opened, found, job.source, job.main_dtype) if request.onto == "packed" else None
+    return job, with_head(found, opened.model) if opened.untied else found, packing
+
+
+def _tried(trial: Try, output: Output, dtype: torch.dtype) -> Verification | None:
+    """What `trial` finds; a folder that it rejects is removed, nobody should go on with it."""
+    try:
+        return trial(output.partial, dtype)
+    except VerificationError:
+        output.discard()
+        raise
+
+
 def _job(opened: Opened, request: MergeRequest, stored: Source) -> MergeJob:
     source = stored
     if opened.base.stored is not None and opened.plan is not None:
-        source = adopted(stored, opened.model, opened.plan)
+        source = adopted(stored, opened.model, opened.plan, opened.device)
     return MergeJob(
         source=source,
         base=BaseWeights.of(
@@ -144,15 +183,16 @@ def _identity(opened: Opened, request: MergeRequest) -> dict[str, Any]:
     files = sorted(opened.folder.glob("*.safetensors"))
     quantization = opened.base.quantization
     return {
-        "adapters": {
-            f"{adapter.folder} times {weight:g}": adapter.digest()
+        "adapters": [
+            {"folder": str(adapter.folder), "weight": weight, "sha256": adapter.digest()}
             for adapter, weight in zip(request.adapters, request.weights, strict=True)
-        },
+        ],
         "base": opened.base.source,
         "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
         "quantization": None if quantization is None else attrs.asdict(quantization),
-        "model": attrs.asdict(opened.setting.model),
-        "qat": None if opened.setting.qat is None else attrs.asdict(opened.setting.qat),
+        "setting": attrs.asdict(opened.setting),
+        "data": attrs.asdict(request.recipe.data) if request.aware and request.recipe is not None else None,
+        "device": opened.device.type,
         "onto": request.onto,
         "aware": request.aware,
         "dtype": str(request.dtype),
@@ -161,13 +201,26 @@ def _identity(opened: Opened, request: MergeRequest) -> dict[str, Any]:
     }
 
 
-def _compare_packed(request: MergeRequest, digests: Mapping[str, str], observer: Observer) -> None:
-    """Warn where the base packs to other bytes than those that were trained on."""
+def _compare_packed(request: MergeRequest, digests: Mapping[str, str], output: Output, observer: Observer) -> None:
+    """Compare the bytes that the base packs to with those that were trained on.
+
+    Raises:
+        ModelError: they are others, and nothing else says that it is the base that was trained on.
+    """
     then = {adapter.fingerprints.get(PACKED) for adapter in request.adapters} - {None}
-    if digests and then and then != {fingerprint_of(digests)}:
-        observer.warning(
-            "the base packs to other bytes on this machine than it was trained on; the merged model may differ slightly"
+    if not digests or not then or then == {fingerprint_of(digests)}:
+        return
+    known = all(BASE_FILES in adapter.fingerprints for adapter in request.adapters)
+    if not known and not request.force:
+        output.discard()
+        raise ModelError(
+            f"the adapter in {request.adapters[0].folder} was trained on another base: this one packs to other bytes. "
+            "Name the right base with --base; --force merges all the same"
         )
+    observer.warning(
+        "the base packs to other bytes here than where it was trained on: another machine, or an older quantune, "
+        "rounds otherwise; the merged model may differ slightly"
+    )
 
 
 def _report(result: MergeResult, request: MergeRequest, identity: Mapping[str, Any]) -> str:

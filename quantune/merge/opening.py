@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from quantune.backends.checkpoints import as_stored, in_words
 from quantune.checkpoint.fingerprint import hash_files
+from quantune.checkpoint.run_folder import PACKED
 from quantune.errors import InputError, ModelError
-from quantune.merge.request import MergeRequest, Observer, Setting
-from quantune.merge.trained import BASE_FILES, TrainedAdapter, require_same_base
+from quantune.merge.request import SPLITTING, MergeRequest, Observer, Setting
+from quantune.merge.trained import BASE_FILES, TrainedAdapter, require_same_files
 from quantune.merge.updates import AdapterUpdate, Update, WeightedUpdate, load_update, require_plain
 from quantune.model.adapter import build_initialization
 from quantune.model.base import Base, open_base, skeleton
@@ -62,20 +63,16 @@ class Opened:
 
 
 def open_merge(request: MergeRequest, device: torch.device, observer: Observer) -> Opened:
-    """Read everything but the base's weights, which are read if they are to be compared with those trained on.
+    """Read everything but the base's weights.
 
     Raises:
-        InputError: the adapter or the base can't be used, or they don't belong together.
+        InputError: the adapter or the base can't be used, or have other shapes than each other.
     """
     setting = request.setting
     observer.phase("opening the base")
     _require_packer(setting.model)
     base = open_base(setting.model, setting.quantization, allow_remote_code=request.trust_remote_code)
     folder = base_folder(base)
-    if not request.force:
-        observer.phase("comparing the base with the one that was trained on")
-        for trained in request.adapters:
-            _require_same(trained, base, folder)
     observer.phase("reading the adapter")
     update = _updates(request, base, device)
     model = skeleton(base)
@@ -107,6 +104,19 @@ def open_merge(request: MergeRequest, device: torch.device, observer: Observer) 
     )
 
 
+def require_same_base(opened: Opened, request: MergeRequest, observer: Observer) -> None:
+    """Require that the base is the one that the adapters were trained on, by the hashes of its files.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if request.force:
+        return
+    observer.phase("comparing the base with the one that was trained on")
+    for trained in request.adapters:
+        _require_same(trained, opened.base, opened.folder, observer)
+
+
 def require_places(opened: Opened, found: Sequence[Unit]) -> None:
     """Require that the checkpoint has every weight that the adapter changes.
 
@@ -121,11 +131,15 @@ def require_places(opened: Opened, found: Sequence[Unit]) -> None:
         raise ModelError(f"the adapter changes {missing[0]}, which the files of {opened.base.name} do not have")
 
 
-def head_unit(found: Sequence[Unit], model: PreTrainedModel) -> Unit:
-    """The output head as a weight of its own, from the embedding that it was tied to."""
+def with_head(found: Sequence[Unit], model: PreTrainedModel) -> list[Unit]:
+    """The units, the output head among them as a weight of its own, from the embedding that it was tied to.
+
+    A checkpoint may have stored it as well; transformers tied it to the embedding all the same.
+    """
     inner, outer = end_names(model)
     embedding = next(unit for unit in found if unit.parameters == (inner,))
-    return attrs.evolve(embedding, parameters=(outer,), written_as=checkpoint_name(model, outer))
+    head = attrs.evolve(embedding, parameters=(outer,), written_as=checkpoint_name(model, outer))
+    return [*(unit for unit in found if unit.parameters != (outer,)), head]
 
 
 def end_names(model: PreTrainedModel) -> tuple[str, str]:
@@ -137,7 +151,8 @@ def end_names(model: PreTrainedModel) -> tuple[str, str]:
 
 
 def _updates(request: MergeRequest, base: Base, device: torch.device) -> Update:
-    loaded = [load_update(skeleton(base), adapter.folder, device) for adapter in request.adapters]
+    taken = request.setting.adapter is not None and request.setting.adapter.init in SPLITTING
+    loaded = [load_update(skeleton(base), adapter.folder, device, share_taken=taken) for adapter in request.adapters]
     if len(loaded) == 1 and request.weights == (1.0,):
         return loaded[0]
     for update, adapter in zip(loaded, request.adapters, strict=True):
@@ -163,7 +178,7 @@ def _require_packer(model: ModelConfig) -> None:
         )
 
 
-def _require_same(adapter: TrainedAdapter, base: Base, folder: Path) -> None:
+def _require_same(adapter: TrainedAdapter, base: Base, folder: Path, observer: Observer) -> None:
     revision = adapter.fingerprints.get(REVISION)
     here = getattr(base.config, "_commit_hash", None)
     if revision is not None and here is not None and revision != here:
@@ -173,8 +188,15 @@ def _require_same(adapter: TrainedAdapter, base: Base, folder: Path) -> None:
         )
     then = adapter.fingerprints.get(BASE_FILES)
     if isinstance(then, Mapping):
-        require_same_base(adapter, hash_files([folder / "config.json"]))  # quick, before all of it is read
-        require_same_base(adapter, hash_files(folder.glob("*.safetensors")))
+        require_same_files(adapter, hash_files([folder / "config.json"]))  # quick, before all of it is read
+        require_same_files(adapter, hash_files(folder.glob("*.safetensors")))
+    elif (revision is None or here is None) and PACKED not in adapter.fingerprints:
+        named = adapter.base_named()
+        other = "" if named in (None, base.name, base.source) else f", and the adapter itself names {named}"
+        observer.warning(
+            f"nothing but its shapes says that {base.name} is the base that the adapter in {adapter.folder} was "
+            f"trained on{other}"
+        )
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
@@ -191,8 +213,12 @@ def _stays_tied(update: Update, model: PreTrainedModel) -> bool:
         return True
     if len(changed) == 1 or not isinstance(update, AdapterUpdate):
         return False
-    inner, outer = (update.replaced.get(name) for name in ends)
-    return inner is not None and outer is not None and torch.equal(inner, outer)
+    inner, outer = ends
+    if update.replaced.keys() >= {inner, outer}:
+        return torch.equal(update.replaced[inner], update.replaced[outer])
+    if update.rows.keys() >= {inner, outer}:
+        return all(map(torch.equal, update.rows[inner], update.rows[outer]))
+    return False
 
 
 def require_onto(opened: Opened, onto: str) -> None:

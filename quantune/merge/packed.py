@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from quantune.backends.layout import PackedWeight
-from quantune.errors import QuantizationError
+from quantune.errors import BackendError, InputError, QuantizationError
 from quantune.merge.aware import pack_aware
 from quantune.merge.opening import Opened
 from quantune.merge.request import MergeRequest, Observer
-from quantune.merge.trial import load_reference, prompts_for
+from quantune.merge.trial import load_reference, prompts_for, reader_activations, require_memory
 from quantune.merge.weights import MergeJob
 from quantune.quantize.packer import Packer, Part, plan_packing
 from quantune.quantize.quantize import Packing
@@ -26,12 +26,11 @@ def plan_packed(opened: Opened, found: Sequence[Unit], source: Source, dtype: to
     """What is packed: what was packed or rounded in training, from the dtype that it was packed from there.
 
     Raises:
-        QuantizationError: no library reads the format, or it does not take one of the weights.
+        InputError: no library reads the format, or it does not take one of the weights.
     """
     plan = opened.format
     assert plan is not None
-    qat = opened.setting.qat
-    activation_dtype = None if qat is None else qat.activation_dtype
+    activation_dtype = reader_activations(opened)
     try:
         return plan_packing(
             opened.model,
@@ -44,35 +43,44 @@ def plan_packed(opened: Opened, found: Sequence[Unit], source: Source, dtype: to
             device=opened.device,
             packed_from=plan.pack_dtype,
         )
-    except QuantizationError as error:
-        raise QuantizationError(
-            f"--onto packed: {error}; or merge with --onto dequantized, which needs no reader"
-        ) from error
+    except (BackendError, QuantizationError) as error:
+        raise InputError(f"--onto packed: {error}; or merge with --onto dequantized, which needs no reader") from error
+
+
+def require_choice(opened: Opened) -> None:
+    """Require that there are roundings to choose.
+
+    Raises:
+        InputError: the run rounded in training, or the format's codes can't be chosen one by one.
+    """
+    if opened.setting.qat is not None:
+        raise InputError(
+            "--aware: a run with [training.qat] computed with packed weights already, and --onto packed writes those; "
+            "leave it out"
+        )
+    plan = opened.plan
+    if plan is not None and plan.backend.element_values(plan.options) is None:
+        raise InputError(
+            f"--aware: the backend {plan.backend.name} does not say which values its codes stand for, so none can be "
+            "chosen; leave it out"
+        )
 
 
 def choose_weights(opened: Opened, request: MergeRequest, observer: Observer) -> Mapping[str, PackedWeight]:
     """The packed weights of adapted linear layers, by parameter, their roundings chosen for what the layers read.
 
     Raises:
-        QuantizationError: the format's codes can't be chosen one by one, or there is nothing to choose.
+        InputError: there is nothing to choose, or too little memory for base and adapter.
     """
-    plan = opened.plan
-    assert plan is not None
-    if opened.setting.qat is not None:
-        raise QuantizationError(
-            "--aware: a run with [training.qat] computed with packed weights already, and --onto packed writes those; "
-            "leave it out"
-        )
-    if plan.backend.element_values(plan.options) is None:
-        raise QuantizationError(
-            f"--aware: the backend {plan.backend.name} does not say which values its codes stand for, so none can be "
-            "chosen; leave it out"
-        )
+    require_choice(opened)
+    require_memory(opened, "--aware")
     model = load_reference(opened, request)
     prompts = prompts_for(opened, request, trained_on=True)
+    if not prompts.own:
+        observer.warning(f"roundings are chosen on {prompts.source}: they suit the adapter's own task less")
     made = pack_aware(model, opened.update.apply, prompts.windows, observer.phase)
     if not made.weights:
-        raise QuantizationError("--aware: the adapter is on no packed linear layer, so there is nothing to choose")
+        raise InputError("--aware: the adapter is on no packed linear layer, so there is nothing to choose")
     return {f"{name}.weight": weight for name, weight in made.weights.items()}
 
 

@@ -32,6 +32,8 @@ class Prompts:
     """Where they are from, e.g. `the run's evaluation data`."""
     held_out: bool
     """Whether nothing was trained on them, as far as the recipe says."""
+    own: bool = True
+    """Whether they are the run's own data, of which alone an adapter's improvement can be said."""
     windows: Windows
     targets_N: Tensor
     """Shape (predicted tokens,), bool: the tokens that the loss is about. All rows one after the other, the first token
@@ -72,7 +74,7 @@ def prompts_of(
     window = min(WINDOW, positions or WINDOW)
     windows = cut(built_in_text(), tokenizer, max_tokens=max_tokens, window=window)
     targets_N = torch.ones(windows.predicted, dtype=torch.bool)
-    return Prompts(source=f"the built-in text{why}", held_out=True, windows=windows, targets_N=targets_N)
+    return Prompts(source=f"the built-in text{why}", held_out=True, own=False, windows=windows, targets_N=targets_N)
 
 
 def spread(samples: Sequence[Sample], max_tokens: int) -> Sequence[Sample]:

@@ -33,6 +33,9 @@ class Observer(Protocol):
     def wrote(self, nbytes: int) -> None:
         """So many more are written."""
 
+    def note(self, text: str) -> None:
+        """Something that the person may want to know."""
+
     def warning(self, text: str) -> None:
         """Something that the person should know."""
 
@@ -75,14 +78,14 @@ class Setting:
             raise InputError(
                 f"the adapter in {adapter.folder} does not say which base it was trained on; name it with --base"
             )
-        return cls(model=ModelConfig(base=named), quantization=None, adapter=None, seed=0, precision="auto")
+        return cls(model=ModelConfig(base=named), quantization=None, adapter=None, seed=0, precision="fp32")
 
 
-def require_one_setting(settings: Sequence[Setting]) -> Setting:
-    """What all adapters were trained on.
+def require_one_setting(settings: Sequence[Setting], weights: Sequence[float]) -> Setting:
+    """What all adapters, each times its weight, were trained on.
 
     Raises:
-        InputError: it is not the same for all.
+        InputError: it is not the same for all, or one of them is only itself when it is whole and alone.
     """
     first = settings[0]
     for other in settings[1:]:
@@ -92,15 +95,17 @@ def require_one_setting(settings: Sequence[Setting]) -> Setting:
                     f"expected adapters that were trained on the same base in the same way, found another [{name}] for "
                     "two of them; merge each alone"
                 )
-    if len(settings) > 1 and any(one.qat is not None for one in settings):
+    if list(weights) == [1.0]:
+        return first
+    if any(one.qat is not None for one in settings):
         raise InputError(
-            "several adapters can't be merged where one was trained with [training.qat], which rounds its sum with the "
-            "base; merge it alone"
+            "adapters can't be weighed or added up where one was trained with [training.qat], which rounds its sum "
+            "with the base; merge it alone, without a weight"
         )
-    if len(settings) > 1 and any(one.adapter is not None and one.adapter.init in SPLITTING for one in settings):
+    if any(one.adapter is not None and one.adapter.init in SPLITTING for one in settings):
         raise InputError(
-            "several adapters can be merged where all began at zero, and one began with a share of the base "
-            f"(init = {', '.join(SPLITTING)}); merge it alone"
+            "adapters can be weighed and added up where all began at zero, and one began with a share of the base "
+            f"(init = {', '.join(SPLITTING)}); merge it alone, without a weight"
         )
     return first
 

@@ -56,18 +56,18 @@ def find_adapter(path: Path) -> TrainedAdapter:
         folder, run = path / "adapter", path
         if RunFolder(path).state() != "finished" or not folder.is_dir():
             raise InputError(
-                f"the run in {path} is not finished and has no adapter yet; go on with quantune run --resume"
+                f"the run in {path} is not finished and has no adapter yet; go on with quantune run RECIPE --resume"
             )
     require_adapter(folder)
     if (folder / MANIFEST).is_file():
-        verify(folder)
+        verify(folder, ("adapter_model.safetensors", "adapter_config.json"))  # the rest may be edited, e.g. its recipe
     recipe = next((one for one in (folder / RECIPE, *([run / RECIPE] if run else ())) if one.is_file()), None)
     if run is None and recipe is None and (folder.parent / RECIPE).is_file() and RunFolder(folder.parent).state():
         recipe = folder.parent / RECIPE
     return TrainedAdapter(folder=folder, recipe=recipe, fingerprints=_fingerprints(folder, run), run=run)
 
 
-def require_same_base(adapter: TrainedAdapter, files: Mapping[str, str]) -> None:
+def require_same_files(adapter: TrainedAdapter, files: Mapping[str, str]) -> None:
     """Require that the base's files are those that the adapter was trained on; both by name, sha256.
 
     Raises:

@@ -10,7 +10,8 @@ from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from quantune.errors import ModelError
+from quantune.backends.checkpoints import stored_activation_dtype
+from quantune.errors import InputError, ModelError
 from quantune.merge import verify
 from quantune.merge.opening import Opened
 from quantune.merge.prompts import FEW_TOKENS, MAX_TOKENS, Prompts, prompts_of
@@ -28,6 +29,7 @@ from quantune.recipe.schema import ModelConfig
 
 SMALL = 5e8
 """Weights up to which a whole trial takes seconds."""
+CGROUP = Path("/sys/fs/cgroup")
 SPARE = 0.5
 """Fraction of the memory that is free which a model may take that nobody asked to be loaded."""
 
@@ -66,12 +68,13 @@ def try_merged(
 def is_exact(opened: Opened, onto: Onto) -> bool:
     """Whether a right merge answers as base and adapter did, but for the rounding to its dtype.
 
-    On the dequantized base it does, unless activations were rounded in training, which dense weights don't make a model
-    do; packed it does where weights were rounded in training as packing rounds them.
+    On the base as it was trained on it does, unless activations were rounded in training, which dense weights don't
+    make a model do; packed it does where weights were rounded in training as packing rounds them.
     """
     if onto == "packed":
         return opened.rounding is not None
-    return onto == "dequantized" and _activation_dtype(opened) is None
+    trained_on = onto == "dequantized" or opened.base.quantization is None  # then the original is what was trained on
+    return trained_on and activations(opened) is None
 
 
 def prompts_for(opened: Opened, request: MergeRequest, *, trained_on: bool = False) -> Prompts:
@@ -128,7 +131,7 @@ def load_merged(folder: Path, opened: Opened, *, packed: bool) -> PreTrainedMode
     if packed:
         base = open_base(ModelConfig(base=str(folder), trust_remote_code=opened.setting.model.trust_remote_code))
         loaded = load_model(base, base.quantization, compute_dtype=torch.float32, device=opened.device)
-        round_inputs(loaded, Rounding(activation_dtype=_activation_dtype(opened)))
+        round_inputs(loaded, Rounding(activation_dtype=reader_activations(opened)))
         return loaded
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
@@ -142,19 +145,43 @@ def load_merged(folder: Path, opened: Opened, *, packed: bool) -> PreTrainedMode
     return model.to(opened.device)  # type: ignore[arg-type]  # a device, which its annotation leaves out
 
 
-def _activation_dtype(opened: Opened) -> Literal["int8", "fp8"] | None:
+def activations(opened: Opened) -> Literal["int8", "fp8"] | None:
+    """What activations were rounded to in training."""
     return None if opened.setting.qat is None else opened.setting.qat.activation_dtype
 
 
+def reader_activations(opened: Opened) -> Literal["int8", "fp8"] | None:
+    """What the reader of a packed merge rounds activations to: as in training, or as the base's own reader does."""
+    stored = None if opened.base.stored is None else stored_activation_dtype(opened.base.stored)
+    return activations(opened) or stored  # type: ignore[return-value]  # the dtypes that there are
+
+
+def require_memory(opened: Opened, what: str) -> None:
+    """Require that a model in fp32 fits into the memory that is free.
+
+    Raises:
+        InputError: it does not.
+    """
+    needed, free = 4 * _weights(opened), free_memory(opened.device)
+    if needed > free:
+        raise InputError(
+            f"{what} loads the model in fp32, which takes {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are "
+            "free; use a machine with more memory, or leave it out"
+        )
+
+
 def free_memory(device: torch.device) -> float:
-    """Bytes of memory on a device that are free."""
+    """Bytes of memory on a device that are free, to this container where it is limited."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
+    free = float("inf")
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return float("inf")
+        free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        limit, used = (CGROUP.joinpath(name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+        return min(free, float(limit) - float(used))
+    except (OSError, StopIteration, ValueError):  # not Linux, or not limited: "max"
+        return free
 
 
 def _weights(opened: Opened) -> int:

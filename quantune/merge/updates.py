@@ -7,6 +7,7 @@ are stored transposed) is merged as it was trained.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ import attrs
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ from quantune.backends.kernels import is_finite
 from quantune.errors import ModelError
 from quantune.model.adapter import NAME, adapter_tensors, custom_modules, require_adapter
 from quantune.model.lora_experts import ParamWrapper
+from quantune.model.start import UNCHANGED_BASE
+from quantune.quantized.experts import is_experts
 from quantune.quantized.merged import lora_delta
 
 MARKS = ("lora_", "modules_to_save", "trainable_tokens_")
@@ -56,6 +60,8 @@ class AdapterUpdate:
     """Layers whose update has a bias of its own, by the bias they are added to."""
     replaced: Mapping[str, Tensor]
     """Parameters that were trained in full."""
+    transposed: frozenset[str]
+    """Those of them that are fused experts, (experts, in features, out features)."""
     rows: Mapping[str, tuple[Tensor, Tensor]]
     """Embeddings of which single rows were trained: which, and what they are."""
 
@@ -66,7 +72,8 @@ class AdapterUpdate:
     @torch.no_grad()
     def apply(self, name: str, weight: Tensor, expert: int | None = None) -> Tensor:
         if name in self.replaced:
-            weight = self.replaced[name].to(weight.device, torch.float32).clone()
+            trained = self.replaced[name] if expert is None else self.replaced[name][expert]
+            weight = (trained.T if name in self.transposed else trained).to(weight, copy=True)
         if name in self.rows:
             indices, values = self.rows[name]
             weight[indices] = values.to(weight)
@@ -99,13 +106,20 @@ class WeightedUpdate:
         return weight.add_(total)
 
 
-def load_update(model: PreTrainedModel, folder: Path, device: torch.device) -> AdapterUpdate:
+def load_update(
+    model: PreTrainedModel, folder: Path, device: torch.device, *, share_taken: bool = False
+) -> AdapterUpdate:
     """The adapter in `folder`; `model`, the base on the meta device, is of no other use afterwards.
 
+    Args:
+        share_taken: the base is given without the share of it that the adapter began with.
+
     Raises:
-        ModelError: it is no adapter, holds pickles or NaN, or was trained on another architecture.
+        ModelError: it is no LoRA adapter that can be merged, holds pickles or NaN, began with a share of the base that
+            is still in it, or was trained on another architecture.
     """
     require_adapter(folder)
+    config = _read_config(folder, share_taken)
     tensors = adapter_tensors(folder)
     broken = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if broken:
@@ -114,11 +128,9 @@ def load_update(model: PreTrainedModel, folder: Path, device: torch.device) -> A
             "nothing was merged. Train it again, or merge an earlier one"
         )
     try:
-        config = LoraConfig.from_pretrained(str(folder))
         config._register_custom_module(custom_modules(model))
         config.inference_mode = True
-        if isinstance(config.init_lora_weights, str):  # the base is given without the adapter's share
-            config.init_lora_weights = True
+        config.init_lora_weights = True  # whatever it began with, its tensors are loaded
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
         stand_ins = _place(adapted, device)
         loaded: Any = set_peft_model_state_dict(
@@ -132,6 +144,34 @@ def load_update(model: PreTrainedModel, folder: Path, device: torch.device) -> A
         what = f"it lacks {missing[0]}" if missing else f"the base has no place for {loaded.unexpected_keys[0]}"
         raise ModelError(f"the adapter in {folder} was trained on another base: {what}")
     return _read(adapted, config, stand_ins)
+
+
+def _read_config(folder: Path, share_taken: bool) -> LoraConfig:
+    """The configuration of an adapter that can be merged.
+
+    Raises:
+        ModelError: it can't be.
+    """
+    file = folder / "adapter_config.json"
+    try:
+        kind = json.loads(file.read_text(encoding="utf-8")).get("peft_type")
+        config = LoraConfig.from_pretrained(str(folder)) if kind == "LORA" else None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{file} can't be read: {_first_line(error)}") from error
+    if config is None:
+        raise ModelError(f"expected a LoRA adapter in {folder}, found peft_type = {json.dumps(kind)}; PEFT merges it")
+    if config.alora_invocation_tokens is not None:
+        raise ModelError(
+            f"the adapter in {folder} is an aLoRA, which acts on a part of a text only and can't be merged"
+        )
+    init = config.init_lora_weights
+    if not share_taken and init not in UNCHANGED_BASE:
+        raise ModelError(
+            f"the adapter in {folder} began with init_lora_weights = {json.dumps(init)}, which takes a share out of "
+            "the base, and nothing says how: name the recipe of its run with --recipe, or let PEFT convert it into one "
+            "that began at zero (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    return config
 
 
 def require_plain(update: AdapterUpdate, folder: Path) -> None:
@@ -162,12 +202,16 @@ def _place(adapted: PeftModel, device: torch.device) -> set[int]:
     nothing = torch.zeros((), device=device)
     placed = set()
     for layer in adapted.modules():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, LoraLayer | TrainableTokensLayer):
             base: Any = layer.get_base_layer()
             leaf = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"
             stand_in = nn.Parameter(nothing.expand(base.get_parameter(leaf).shape), requires_grad=False)
             base.register_parameter(leaf, stand_in)
             placed.add(id(stand_in))
+        if isinstance(layer, TrainableTokensLayer):
+            originals: Any = layer.trainable_tokens_original  # rows of the base, which merging does not look at
+            for name, rows in list(originals.items()):
+                originals[name] = torch.zeros(rows.shape, device=device)
     return placed
 
 
@@ -176,6 +220,7 @@ def _read(adapted: PeftModel, config: LoraConfig, stand_ins: set[int]) -> Adapte
     experts: dict[str, ParamWrapper] = {}
     biases: dict[str, LoraLayer] = {}
     replaced: dict[str, Tensor] = {}
+    transposed: set[str] = set()
     rows: dict[str, tuple[Tensor, Tensor]] = {}
     inner = adapted.get_base_model()
     for path, module in inner.named_modules():
@@ -185,10 +230,15 @@ def _read(adapted: PeftModel, config: LoraConfig, stand_ins: set[int]) -> Adapte
         elif isinstance(module, LoraLayer):
             layers[f"{name}.weight"] = module
             if module.lora_bias.get(NAME):
+                _require_bias(module, name)
                 biases[f"{name}.bias"] = module
         elif isinstance(module, ModulesToSaveWrapper):
-            for leaf, parameter in module.modules_to_save[NAME].named_parameters():
+            trained = module.modules_to_save[NAME]
+            for leaf, parameter in trained.named_parameters():
                 replaced[f"{name}.{leaf}"] = parameter.detach()
+                owner = trained.get_submodule(leaf.rpartition(".")[0])
+                if is_experts(owner) and owner.is_transposed and parameter.dim() == 3:
+                    transposed.add(f"{name}.{leaf}")
         elif isinstance(module, TrainableTokensWrapper):
             tokens = module.token_adapter
             rows[f"{name}.weight"] = (
@@ -199,7 +249,21 @@ def _read(adapted: PeftModel, config: LoraConfig, stand_ins: set[int]) -> Adapte
         own = any(mark in path for mark in MARKS)
         if not parameter.is_meta and not own and id(parameter) not in stand_ins:
             replaced[_plain(path)] = parameter.detach()  # a bias
-    return AdapterUpdate(config=config, layers=layers, experts=experts, biases=biases, replaced=replaced, rows=rows)
+    return AdapterUpdate(
+        config=config,
+        layers=layers,
+        experts=experts,
+        biases=biases,
+        replaced=replaced,
+        transposed=frozenset(transposed),
+        rows=rows,
+    )
+
+
+def _require_bias(layer: LoraLayer, name: str) -> None:
+    base: Any = layer.get_base_layer()
+    if getattr(base, "bias", None) is None:
+        raise ModelError(f"the adapter adds a bias to {name}, which has none in this base, so that it can't be merged")
 
 
 def _merged(layer: LoraLayer, weight: Tensor) -> Tensor:

@@ -50,8 +50,11 @@ class Verification:
     """Between the merged model and itself after one more rounding of all weights."""
     adapter: Distance | None
     """Between base + adapter and the base alone: what a merge that lost the adapter would be off by."""
+    targets: int
+    """How many tokens the losses are about."""
     base_loss: float | None
-    """Mean cross-entropy of the base alone over the target tokens, in nats."""
+    """Mean cross-entropy of the base alone over the target tokens, in nats; None where they are not the run's own, on
+    which alone there is an improvement to speak of."""
     trained_loss: float
     """That of base + adapter."""
     loss: float
@@ -151,7 +154,8 @@ def measure(
         found=found,
         rounding=_one_more_rounding(merged, predictions, dtype, prompts),
         adapter=effect,
-        base_loss=base_loss,
+        targets=int(prompts.targets_N.sum()),
+        base_loss=base_loss if prompts.own else None,
         trained_loss=trained_loss,
         loss=loss,
     )

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gc
+import os
 import shutil
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import attrs
 import torch
 
-from quantune.errors import InputError, QuantizationError
+from quantune.errors import FolderInUseError, InputError
 from quantune.merge import comparison
 from quantune.merge.comparison import Figures, WaysTable
 from quantune.merge.merge import write
-from quantune.merge.opening import open_merge, require_onto
+from quantune.merge.opening import open_merge, require_onto, require_same_base
 from quantune.merge.request import MergeRequest, Observer
-from quantune.merge.trial import load_merged, load_reference, prompts_for
+from quantune.merge.trial import load_merged, load_reference, prompts_for, require_memory
 from quantune.merge.weights import Onto
 
 WAYS: dict[str, tuple[Onto, bool]] = {
@@ -38,14 +41,14 @@ def compare_ways(request: MergeRequest, device: torch.device, observer: Observer
         QuantuneError: see `quantune.errors`.
     """
     opened = open_merge(request, device, observer)
+    require_same_base(opened, request, observer)
+    require_memory(opened, "--compare")
     prompts = prompts_for(opened, request)
-    observer.phase("measuring base and adapter")
-    trained = comparison.measure_trained(load_reference(opened, request), prompts)
-    gc.collect()  # a model of transformers and PEFT refers to itself
-    parent = request.out.parent if request.out.parent.is_dir() else Path.cwd()
     ways: dict[str, Figures] = {}
-    folder = Path(tempfile.mkdtemp(prefix=".quantune-compare-", dir=parent))
-    try:
+    with _held(request.out.with_name(f"{request.out.name}.compare")) as folder:
+        observer.phase("measuring base and adapter")
+        trained = comparison.measure_trained(load_reference(opened, request), prompts)
+        gc.collect()  # a model of transformers and PEFT refers to itself
         for way, (onto, aware) in WAYS.items():
             if aware and ("packed" not in ways or opened.setting.qat is not None):
                 continue  # for the same reason, or what was trained is packed as it was
@@ -53,13 +56,34 @@ def compare_ways(request: MergeRequest, device: torch.device, observer: Observer
             try:
                 require_onto(opened, onto)
                 write(opened, attrs.evolve(request, onto=onto, aware=aware, out=out), observer)
-            except (InputError, QuantizationError) as error:
+            except InputError as error:
                 observer.warning(str(error))
                 continue
             observer.phase(f"measuring {way}")
             ways[way] = comparison.measure(load_merged(out, opened, packed=onto == "packed"), trained, prompts)
             gc.collect()
             shutil.rmtree(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     return comparison.table(prompts, trained, ways)
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[Path]:
+    """A folder for merged models that are not kept, held by this process; what one that died left is removed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise InputError(f"{folder}, for what is compared, can't be written: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for left in folder.iterdir():
+            shutil.rmtree(left)
+        yield folder
+        shutil.rmtree(folder)
+    except BlockingIOError:
+        raise FolderInUseError(f"{folder} is in use by another comparison; wait for it") from None
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)

@@ -21,6 +21,7 @@ from quantune.model.quantizer import QuantizationPlan, packable
 from quantune.model.vocabulary import fill_with_mean
 from quantune.quantized import experts
 from quantune.quantized.merged import pack_merged
+from quantune.streaming.adopted import AdoptedSource
 from quantune.streaming.mapping import Unit
 from quantune.streaming.rewrite import Entry
 from quantune.streaming.source import Source
@@ -183,6 +184,9 @@ class MergeJob:
             for name, key in zip(unit.outputs, unit.keys, strict=True):
                 yield name, self.source.read(key).to(self._dtype_of(key))
             return
+        if isinstance(self.source, AdoptedSource) and unit.conversion is None and self._is_stack(unit):
+            yield unit.outputs[0], self._adopted_stack(unit, self.source)
+            return
         self._check_conversion(unit)
         loaded = unit.load(self.source.read)
         dtype = self._dtype_of(unit.keys[0])
@@ -219,6 +223,19 @@ class MergeJob:
         if count is not None:
             value = _grown(value, count, self.base.dtype)
         return self._rounded(name, self._weight(name, value, None, unit), dtype)
+
+    def _is_stack(self, unit: Unit) -> bool:
+        return unit.keys[0] in self.quantized and len(self.source.specs[unit.keys[0]].shape) == 3
+
+    def _adopted_stack(self, unit: Unit, source: AdoptedSource) -> Tensor:
+        """Fused experts that the checkpoint stores packed; no two of them are in full precision at once."""
+        (key,), (name,) = unit.keys, unit.parameters
+        module = self.base.model.get_submodule(name.rpartition(".")[0])
+        out = torch.empty(source.specs[key].shape, dtype=self._dtype_of(key))
+        for expert, dense in enumerate(source.experts(key)):
+            rows = self._weight(name, experts.as_rows(module, dense), expert, unit)
+            out[expert] = experts.as_rows(module, self._rounded(name, rows, out.dtype))
+        return out
 
     def _weight(self, name: str, value: Tensor, expert: int | None, unit: Unit) -> Tensor:
         if name not in self.changed and name not in self.base.packed and not self._split(name):

@@ -265,10 +265,19 @@ def require_adapter(folder: Path) -> None:
 
 
 def adapter_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a saved adapter by name."""
+    """The tensors of a saved adapter by name.
+
+    Raises:
+        ModelError: they can't be read.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(folder / "adapter_model.safetensors")
+    file = folder / "adapter_model.safetensors"
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} can't be read, it is damaged: {error}") from error
 
 
 def _refuse_packed(model: nn.Module, full: tuple[str, ...]) -> None:

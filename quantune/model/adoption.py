@@ -19,6 +19,7 @@ from transformers.quantizers import HfQuantizer
 from quantune.backends.backend import adopt_weight
 from quantune.backends.checkpoints import as_stored, format_problem
 from quantune.errors import ModelError, QuantizationError
+from quantune.model.names import KeptPattern
 from quantune.quantized import experts
 from quantune.quantized.linear import QuantLinear, WeightFormat
 from quantune.recipe.schema import QuantizationConfig
@@ -61,7 +62,8 @@ def quantization_over(
 
 def kept_modules(stored: Mapping[str, Any]) -> tuple[str, ...]:
     """Modules that the checkpoint keeps in full precision, as patterns of `skip`."""
-    return tuple(stored.get("modules_to_not_convert") or stored.get("llm_int8_skip_modules") or ())
+    listed = stored.get("modules_to_not_convert") or stored.get("llm_int8_skip_modules") or ()
+    return tuple(KeptPattern(pattern) for pattern in listed)
 
 
 class AdoptWeight(ConversionOps):

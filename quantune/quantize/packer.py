@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from quantune.backends.backend import layout_of, pack_weight
 from quantune.backends.layout import PackedLayout, PackedWeight, TensorSpec
 from quantune.backends.readers import Destination, Reader
-from quantune.errors import ModelError, QuantizationError
+from quantune.errors import BackendError, ModelError
 from quantune.model.adoption import stacks_rows
 from quantune.model.quantizer import quantizable, quantizable_experts
 from quantune.quantized import experts
@@ -24,6 +24,11 @@ from quantune.streaming.mapping import Unit
 
 PACKED_FROM = torch.float32
 """What weights are packed from by default: rounded scales would cost accuracy."""
+
+
+PLACE = "place"
+DIGITS, SHORT = 32, 1024
+"""Bytes: of a number that is written out, and of a text that may hold one."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -62,12 +67,19 @@ class Packer:
     """What is packed, by its name in the checkpoint that is read."""
     kept: tuple[str, ...]
     """Modules that the reader must leave in full precision."""
+    sizes_of_layouts: dict[tuple[PackedLayout, str], dict[str, int]] = attrs.field(factory=dict)
+    """Sizes of the stored tensors of a weight of a layout and last name, in a module called `PLACE`."""
 
     def sizes(self, part: Part) -> dict[str, int]:
-        """Names of the tensors that a weight becomes, and their sizes in bytes."""
-        zeros = PackedWeight(part.layout, torch.zeros(part.layout.nbytes, dtype=torch.uint8))
-        tensors = self.reader.tensors(part.destination.name, zeros)
-        return {name: part.count * tensor.nbytes for name, tensor in tensors.items()}
+        """Names of the tensors that a weight becomes, and their sizes in bytes, or a little more."""
+        module, dot, leaf = part.destination.name.rpartition(".")
+        key = part.layout, leaf
+        if key not in self.sizes_of_layouts:
+            zeros = PackedWeight(part.layout, torch.zeros(part.layout.nbytes, dtype=torch.uint8))
+            tensors = self.reader.tensors(f"{PLACE}.{leaf}", zeros)
+            self.sizes_of_layouts[key] = {name: tensor.nbytes + _more(tensor) for name, tensor in tensors.items()}
+        sizes = self.sizes_of_layouts[key]
+        return {f"{module}{dot}{name.removeprefix(PLACE + '.')}": part.count * nbytes for name, nbytes in sizes.items()}
 
     def pack(self, part: Part, tensor: Tensor) -> list[PackedWeight]:
         """The packed weights of a dense tensor.
@@ -96,6 +108,11 @@ class Packer:
         return self.reader.metadata(layouts, others)
 
 
+def _more(tensor: Tensor) -> int:
+    """Bytes that a tensor may take more for other values than zeros: of a text in bytes, the digits of a number."""
+    return DIGITS if tensor.dtype == torch.uint8 and tensor.dim() == 1 and tensor.nbytes < SHORT else 0
+
+
 def plan_packing(
     model: PreTrainedModel,
     units: Sequence[Unit],
@@ -118,7 +135,7 @@ def plan_packing(
 
     Raises:
         ModelError: the checkpoint lacks a weight.
-        QuantizationError: the reader does not take a weight; says which, why, and the way out.
+        BackendError: the reader does not take a weight; says which, why, and the way out.
     """
     linear = {f"{name}.weight" for name in quantizable(model, skip)}
     stacks = {name: module for module, _, name in quantizable_experts(model, skip, pack_experts)}
@@ -145,7 +162,7 @@ def plan_packing(
         raise ModelError(f"the checkpoint lacks weights of its own architecture, e.g. {missing[0]}; fetch it again")
     refused.update(_torn_apart(stacks, model, skip))
     if refused:
-        raise QuantizationError(_refusal(refused, reader, all_of_them=refused.keys() >= parts.keys()))
+        raise BackendError(_refusal(refused, reader, all_of_them=refused.keys() >= parts.keys()))
     packed = {part.parameter for part in parts.values()}
     kept = tuple(_kept(model, packed))
     return Packer(reader=reader, dtype=dtype, packed_from=packed_from, device=device, parts=parts, kept=kept)

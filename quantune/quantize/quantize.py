@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -19,20 +19,18 @@ from quantune.checkpoint.commit import write_file_atomically
 from quantune.checkpoint.fingerprint import environment
 from quantune.comparison.rows import LayerFigures
 from quantune.comparison.weights import Sums, kind_of, power
-from quantune.errors import InputError
+from quantune.errors import BackendError, InputError, QuantizationError
 from quantune.model.base import Base, skeleton
 from quantune.model.load import check_plan
+from quantune.quantize import REPORT
 from quantune.quantize.choice import Choice
 from quantune.quantize.packer import Packer, Part, plan_packing
 from quantune.recipe.schema import ModelConfig
-from quantune.streaming.companions import write_companions
+from quantune.streaming.companions import companion_bytes, write_companions
 from quantune.streaming.mapping import Unit, units
 from quantune.streaming.output import disk_errors, open_output
 from quantune.streaming.rewrite import Entry, Job, Observer, rewrite
 from quantune.streaming.source import Source, base_folder, main_dtype, open_source
-
-REPORT = "quantize.json"
-"""How a folder was quantized, and what came of it."""
 
 
 @attrs.frozen(kw_only=True)
@@ -68,7 +66,7 @@ def quantize(
     out: Path,
     *,
     device: torch.device,
-    observer: Observer,
+    observer: PackingObserver,
     max_shard_size: str | None = None,
     overwrite: bool = False,
 ) -> Quantized:
@@ -77,7 +75,8 @@ def quantize(
     Raises:
         InputError: the model is already quantized, or `out` exists or does not fit onto the disk.
         ModelError: a pattern of skip names nothing, or the checkpoint can't be read.
-        QuantizationError: the format has no reader, the reader does not take a weight, or a weight can't be packed.
+        BackendError: the format has no reader, or the reader does not take a weight.
+        QuantizationError: a weight can't be packed.
         CheckpointError: `out` can't be written.
     """
     if base.stored is not None:
@@ -87,7 +86,10 @@ def quantize(
         )
     quantization = choice.quantization
     backend = registry.load_backend(registry.describe_available(quantization.backend))
-    reader = backend.reader(quantization.options, choice.activation_dtype)
+    try:
+        reader = backend.reader(quantization.options, choice.activation_dtype)
+    except QuantizationError as error:
+        raise BackendError(str(error)) from error
     model = skeleton(base)
     check_plan(model, quantization, device)
     folder = base_folder(base)
@@ -105,10 +107,13 @@ def quantize(
             device=device,
         )
         job = Packing(dense=Copying(source=source), packer=packer, units=found)
+        observer.phase("packing")
         asked = _asked(base, choice)
         identity = {**asked, "files": _files(source), "max_shard_size": max_shard_size}
         with open_output(out, report=REPORT, identity=identity, overwrite=overwrite) as output:
-            nbytes = rewrite(source, found, job, output, observer, max_shard_size=max_shard_size)
+            nbytes = rewrite(
+                source, found, job, output, observer, beside=companion_bytes(folder), max_shard_size=max_shard_size
+            )
             figures = job.figures()
             made = Quantized(
                 folder=output.target,
@@ -125,6 +130,13 @@ def quantize(
                 write_file_atomically(output.partial / REPORT, json.dumps({**asked, **made.as_dict()}, indent=2))
                 output.publish()
     return made
+
+
+class PackingObserver(Observer, Protocol):
+    """Is told how it goes on."""
+
+    def phase(self, text: str) -> None:
+        """What is being done now."""
 
 
 @attrs.frozen(kw_only=True, eq=False)

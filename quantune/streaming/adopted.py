@@ -34,19 +34,22 @@ class AdoptedSource(Source):
     transposed: frozenset[str]
     """Those of them that a dense model holds as (..., in features, out features)."""
     plan: QuantizationPlan
+    device: torch.device
+    """Where weights are dequantized."""
 
     def read(self, key: str) -> Tensor:
         """One tensor; of a quantized weight what its codes say, fp32."""
         if key not in self.packed:
             return self.stored.read(key)
-        shape, backend = self.specs[key].shape, self.plan.backend
-        if len(shape) == 2:
-            return backend.dequantize(next(self.weights(key)), torch.float32)
-        out = torch.empty(shape, dtype=torch.float32)
-        for index, packed in enumerate(self.weights(key)):
-            dense = backend.dequantize(packed, torch.float32)
-            out[index] = dense.T if key in self.transposed else dense
-        return out
+        if len(self.specs[key].shape) == 2:
+            return self.plan.backend.dequantize(next(self.weights(key)), torch.float32)
+        return torch.stack(list(self.experts(key)))
+
+    def experts(self, key: str) -> Iterator[Tensor]:
+        """The weights of fused experts that are quantized, one after the other, fp32, as a dense model holds them."""
+        for packed in self.weights(key):
+            dense = self.plan.backend.dequantize(packed, torch.float32)
+            yield dense.T if key in self.transposed else dense
 
     def weights(self, key: str) -> Iterator[PackedWeight]:
         """The weights that a quantized tensor holds, as they are: one, or one for each expert."""
@@ -55,13 +58,13 @@ class AdoptedSource(Source):
         rows, columns = (shape[-1], shape[-2]) if key in self.transposed else (shape[-2], shape[-1])
         stack = len(shape) == 3
         for index in range(shape[0] if stack else 1):
-            one = {part: tensor[index] for part, tensor in parts.items()} if stack else parts
+            one = {part: (tensor[index] if stack else tensor).to(self.device) for part, tensor in parts.items()}
             name = f"{key}[{index}]" if stack else key
             plan = self.plan
             yield adopt_weight(plan.backend, one, (rows, columns), plan.pack_dtype, plan.options, name=name)
 
 
-def adopted(source: Source, model: PreTrainedModel, plan: QuantizationPlan) -> AdoptedSource:
+def adopted(source: Source, model: PreTrainedModel, plan: QuantizationPlan, device: torch.device) -> AdoptedSource:
     """`source`, which `plan` takes over, for a model on the meta device.
 
     Raises:
@@ -95,6 +98,7 @@ def adopted(source: Source, model: PreTrainedModel, plan: QuantizationPlan) -> A
         packed=packed,
         transposed=frozenset(transposed),
         plan=plan,
+        device=device,
     )
 
 

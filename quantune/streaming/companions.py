@@ -34,6 +34,12 @@ ROPE_BEFORE = ("rope_scaling", "rope_theta")
 """What older configurations call parts of `rope_parameters`."""
 
 
+def companion_bytes(folder: Path) -> int:
+    """About how much disk the files beside the weights of the base in `folder` take."""
+    files = [path for path in folder.iterdir() if path.is_file()]
+    return sum(path.stat().st_size for path in files if not any(fnmatch.fnmatch(path.name, one) for one in LEFT))
+
+
 def write_companions(
     out: Path,
     base: Base,

@@ -15,6 +15,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 from collections.abc import Iterator, Mapping
@@ -53,6 +54,9 @@ class Output:
     notes: dict[str, str] = attrs.field(factory=dict)
     """What was found out while they were written."""
 
+    discarded: bool = False
+    """Whether an earlier process left complete files of something else, which are removed."""
+
     @property
     def resumed(self) -> bool:
         """Whether an earlier process left complete files."""
@@ -68,16 +72,15 @@ class Output:
         """Give the folder its name."""
         for path in (*self.partial.iterdir(), self.partial):
             sync(path)
-        (self.partial / PROGRESS).unlink(missing_ok=True)
-        (self.partial / LOCK).unlink(missing_ok=True)
+        aside = self.target.with_name(self.target.name + REPLACED)
         if self.target.is_dir():
-            aside = self.target.with_name(self.target.name + REPLACED)
             remove(aside)
             os.rename(self.target, aside)
-            os.rename(self.partial, self.target)
-            remove(aside)
-        else:
-            os.rename(self.partial, self.target)
+        os.rename(self.partial, self.target)
+        # not before: a process that dies between the two renames leaves a folder to go on with, and the old one aside
+        for name in (PROGRESS, LOCK):
+            (self.target / name).unlink(missing_ok=True)
+        remove(aside)
         sync(self.target.parent)
 
     def discard(self) -> None:
@@ -93,6 +96,7 @@ class Output:
         try:
             document = json.loads((self.partial / PROGRESS).read_text(encoding="utf-8"))
             same = document["identity"] == json.loads(json.dumps(self.identity))
+            self.discarded = not same and bool(document["complete"])
             complete = {str(name): int(size) for name, size in document["complete"].items()} if same else {}
             notes = dict(document["notes"]) if same else {}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -168,19 +172,30 @@ def disk_errors(target: Path) -> Iterator[None]:
         ) from error
 
 
-def require_space(output: Output, nbytes: int) -> None:
+def require_space(target: Path, nbytes: int) -> None:
     """Require that the disk holds `nbytes` in all, of which some may be written already.
 
     Raises:
         InputError: it does not; says how much is needed and how much there is.
     """
-    free = shutil.disk_usage(output.partial).free
-    needed = nbytes - sum(output.complete.values())
+    partial = target.with_name(target.name + PARTIAL)
+    written = sum(path.stat().st_size for path in partial.glob("*") if path.is_file())
+    free = shutil.disk_usage(_existing(target)).free
+    needed = nbytes - written
     if free < needed:
         raise InputError(
-            f"{output.target} needs {size(needed)}, and the disk has {size(free)} free; make room, or choose another "
-            "--out"
+            f"{target} needs {size(needed)}, and the disk has {size(free)} free; make room, or choose another --out"
         )
+
+
+def require_shard_size(text: str | None) -> None:
+    """Require that the largest size of a file is one, e.g. `5GB`.
+
+    Raises:
+        InputError: it is not.
+    """
+    if text is not None and not re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB|TB)", text.upper()):
+        raise InputError(f'--max-shard-size: expected a size in KB, MB, GB or TB, such as "5GB", found "{text}"')
 
 
 def size(nbytes: int) -> str:

@@ -11,14 +11,13 @@ from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from quantune.checkpoint.commit import sync
-from quantune.errors import InputError
 from quantune.streaming.mapping import Unit
-from quantune.streaming.output import Output, disk_errors, require_space
+from quantune.streaming.output import Output, disk_errors, require_shard_size, require_space
 from quantune.streaming.source import Source
-from quantune.streaming.writer import ShardWriter, write_index
+from quantune.streaming.writer import ShardWriter, data_bytes, write_index
 
-SMALL_FILES = 64 * 2**20
-"""Bytes of disk for configuration, tokenizer and the like."""
+SMALL_FILES = 2**20
+"""Bytes of disk for configuration and the like."""
 
 
 @attrs.frozen(kw_only=True)
@@ -66,22 +65,23 @@ def rewrite(
     output: Output,
     observer: Observer,
     *,
+    beside: int = 0,
     max_shard_size: str | None = None,
 ) -> int:
     """Write what `job` makes of `units`; returns the size of all tensors.
 
     Files are like those of `source`, or with `max_shard_size` (e.g. "5GB") none is larger, but for a single tensor.
-    Files that `output` has already are let be.
+    Files that `output` has already are let be. `beside` are bytes that other files will take.
 
     Raises:
         InputError: the disk has too little room, or `max_shard_size` is no size.
         CheckpointError: a file can't be written.
     """
-    entries = {unit: list(job.entries(unit)) for unit in _in_order(source, units)}
+    entries = _entries(source, units, job)
     files = _files(source, [entry for made in entries.values() for entry in made], max_shard_size)
     sizes = {entry.name: entry.nbytes for made in entries.values() for entry in made}
     total = sum(sizes.values())
-    require_space(output, total + SMALL_FILES)
+    require_space(output.target, total + beside + SMALL_FILES)
     job.notes.update(output.notes)
     observer.begin(total)
     for file, names in files.items():
@@ -103,11 +103,27 @@ def rewrite(
             finally:
                 writer.abandon()
             output.finish_file(file, job.notes)
+    written = _written(output, files)
     if len(files) > 1:
         with disk_errors(output.target):
-            write_index(output.partial / SAFE_WEIGHTS_INDEX_NAME, files, total)
+            write_index(output.partial / SAFE_WEIGHTS_INDEX_NAME, files, written)
             sync(output.partial / SAFE_WEIGHTS_INDEX_NAME)
-    return total
+    return written
+
+
+def _written(output: Output, files: Iterable[str]) -> int:
+    """Size of the tensors in files that are complete, which earlier processes may have written."""
+    return sum(data_bytes(output.partial / file) for file in files)
+
+
+def planned_bytes(source: Source, units: Sequence[Unit], job: Job, *, beside: int = 0) -> int:
+    """About how much disk `rewrite` takes, `beside` for other files."""
+    return beside + SMALL_FILES + sum(entry.nbytes for made in _entries(source, units, job).values() for entry in made)
+
+
+def _entries(source: Source, units: Sequence[Unit], job: Job) -> dict[Unit, list[Entry]]:
+    """What is written for each unit, in the order in which their tensors are read."""
+    return {unit: list(job.entries(unit)) for unit in _in_order(source, units)}
 
 
 def _in_order(source: Source, units: Sequence[Unit]) -> list[Unit]:
@@ -124,16 +140,12 @@ def _files(source: Source, entries: Sequence[Entry], max_shard_size: str | None)
         for entry in entries:
             files[file_of[entry.beside]].append(entry.name)
         return {file: names for file, names in files.items() if names}
-    try:
-        split = split_state_dict_into_shards_factory(
-            {entry.name: entry for entry in entries},  # type: ignore[dict-item]  # looked at through the functions below
-            get_storage_size=lambda entry: entry.nbytes,  # type: ignore[attr-defined]  # an Entry, as above
-            get_storage_id=lambda entry: None,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise InputError(
-            f'--max-shard-size: expected a size such as "5GB", found {max_shard_size!r}: {error}'
-        ) from error
+    require_shard_size(max_shard_size)
+    split = split_state_dict_into_shards_factory(
+        {entry.name: entry for entry in entries},  # type: ignore[dict-item]  # looked at through the functions below
+        get_storage_size=lambda entry: entry.nbytes,  # type: ignore[attr-defined]  # an Entry, as above
+        get_storage_id=lambda entry: None,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size.upper(),
+    )
     return {file: list(names) for file, names in split.filename_to_tensors.items()}

@@ -97,6 +97,13 @@ class ShardWriter:
         self._end += data.nbytes
 
 
+def data_bytes(path: Path) -> int:
+    """Size of the tensors in a safetensors file."""
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    return path.stat().st_size - 8 - header
+
+
 def write_index(path: Path, files: Mapping[str, Iterable[str]], nbytes: int) -> None:
     """Write which file holds which tensor; `nbytes` is the size of all of them."""
     weight_map = {name: file for file, names in files.items() for name in names}

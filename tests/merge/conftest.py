@@ -34,13 +34,16 @@ class Quiet:
     """An observer of a merge that keeps the warnings."""
 
     def __init__(self):
-        self.warnings = []
+        self.notes, self.warnings = [], []
 
     def phase(self, text): ...
 
     def begin(self, nbytes): ...
 
     def wrote(self, nbytes): ...
+
+    def note(self, text):
+        self.notes.append(text)
 
     def warning(self, text):
         self.warnings.append(text)

@@ -8,7 +8,7 @@ from support import FORMATS, quantization
 
 from quantune.backends import registry
 from quantune.backends.backend import pack_weight
-from quantune.errors import QuantizationError
+from quantune.errors import InputError
 from quantune.merge.aware import pack_aware
 from quantune.merge.merge import merge
 from quantune.merge.opening import open_merge
@@ -133,7 +133,7 @@ def test_adapter_on_no_packed_layer_leaves_nothing_to_choose(tmp_path):
     options = quantization(skip=("q_proj",), weight_dtype="nf4")
     trained = train("builtin:mini", tmp_path / "adapter", options, targets=("q_proj",))
     request = attrs.evolve(trained.request(tmp_path / "merged"), onto="packed", aware=True)
-    with pytest.raises(QuantizationError, match="the adapter is on no packed linear layer"):
+    with pytest.raises(InputError, match="the adapter is on no packed linear layer"):
         merge(request, CPU, Quiet())
 
 

@@ -91,7 +91,7 @@ def test_killed_merge_goes_on_where_it_was(files, place, tmp_path):
     command.kill()
     assert not out.exists() and not (tmp_path / "merged.partial" / "config.json").exists()
     done = forking.start(*arguments, out, output=tmp_path / "said").end()
-    assert done.code == 0 and "going on with merged.partial" in done.said
+    assert done.code == 0 and "merged.partial: " in done.said and "of its files are complete" in done.said
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {
         path.name: path.read_bytes() for path in whole.iterdir()
     }
@@ -141,7 +141,10 @@ def test_what_is_no_adapter_is_refused(place, tmp_path):
     (tmp_path / "unfinished" / "status.json").write_text('{"state": "interrupted", "step": 3}')
     assert "is not finished" in refused("merge", str(tmp_path / "unfinished"))
     assert "give one of the two" in refused("merge")
-    assert "expected --out DIR" in refused("merge", str(place / "runs" / "recipe" / "adapter"))
+    shutil.copytree(place / "runs" / "recipe" / "adapter", tmp_path / "carried")
+    assert "expected --out DIR" in refused("merge", str(tmp_path / "carried"))
+    assert 'found "lots"' in refused("merge", str(place / "runs" / "recipe"), "--max-shard-size", "lots")
+    assert "leave out --onto" in refused("merge", str(place / "runs" / "recipe"), "--compare", "--onto", "packed")
 
 
 def test_damaged_adapter_is_refused(place, tmp_path):

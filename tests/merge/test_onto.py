@@ -8,15 +8,16 @@ from merge.test_exact import answers
 from safetensors.torch import load_file
 from support import FORMATS, quantization
 
-from quantune.errors import InputError, ModelError, QuantizationError, VerificationError
+from quantune.errors import InputError, ModelError, VerificationError
 from quantune.merge.merge import merge
 from quantune.merge.opening import open_merge
+from quantune.merge.request import Setting, require_one_setting
 from quantune.merge.trained import TrainedAdapter
 from quantune.merge.trial import load_reference
 from quantune.merge.updates import AdapterUpdate
 from quantune.model.base import open_base
 from quantune.model.load import load_model
-from quantune.recipe.schema import ModelConfig
+from quantune.recipe.schema import AdapterConfig, ModelConfig, QatConfig
 
 NF4 = quantization(weight_dtype="nf4")
 
@@ -82,7 +83,7 @@ def test_packed_base_stays_in_its_format(bases, tmp_path):
 @pytest.mark.parametrize("name, reason", [("torchao nf4", "bnb"), ("mxfp4", "read for the experts of gpt-oss only")])
 def test_format_without_a_reader_is_refused(name, reason, bases, tmp_path):
     trained = train(bases["llama"], tmp_path / "adapter", quantization(**FORMATS[name]))
-    with pytest.raises(QuantizationError, match=f"--onto packed: .*{reason}.*--onto dequantized"):
+    with pytest.raises(InputError, match=f"--onto packed: .*{reason}.*--onto dequantized"):
         trained.merge(tmp_path / "merged", onto="packed")
     assert not list(tmp_path.glob("merged*"))
 
@@ -129,7 +130,22 @@ def test_wrong_merge_is_not_published(tmp_path, monkeypatch):
     monkeypatch.setattr(AdapterUpdate, "apply", lambda self, name, weight, expert=None: weight)
     with pytest.raises(VerificationError, match="does not answer as base \\+ adapter do"):
         merge(trained.request(tmp_path / "merged", verify=True), CPU, Quiet())
-    assert not (tmp_path / "merged").exists()
+    assert not list(tmp_path.glob("merged*"))
+
+
+@pytest.mark.parametrize("options", [{"init": "pissa"}, {"qat": QatConfig()}])
+def test_only_what_began_at_zero_can_be_weighed(options):
+    setting = Setting(
+        model=ModelConfig(base="builtin:mini"),
+        quantization=NF4,
+        adapter=AdapterConfig(init=options.get("init", "default")),
+        seed=0,
+        precision="fp32",
+        qat=options.get("qat"),
+    )
+    assert require_one_setting([setting], [1.0]) == setting
+    with pytest.raises(InputError, match="merge it alone, without a weight"):
+        require_one_setting([setting], [0.7])
 
 
 def test_unquantized_run_has_nothing_to_pack_into(bases, tmp_path):

@@ -20,7 +20,7 @@ from transformers import (
 
 from quantune.backends import registry
 from quantune.backends.options import default_options
-from quantune.errors import QuantizationError
+from quantune.errors import BackendError, QuantizationError
 from quantune.model.load import load_model
 from quantune.quantize.choice import choose
 from quantune.quantize.quantize import quantize
@@ -271,7 +271,7 @@ def test_headers_and_configs_are_torchaos_own(bf16_llama, tmp_path, format):
 def test_weights_that_a_reader_does_not_take_are_named_before_anything_is_written(
     mixture_folders, tmp_path, backend, weight_dtype, mixture, said
 ):
-    with pytest.raises(QuantizationError, match="does not take") as caught:
+    with pytest.raises(BackendError, match="does not take") as caught:
         pack(mixture_folders[mixture], tmp_path / "out", backend, weight_dtype)
     assert said in str(caught.value)
     assert not list(tmp_path.iterdir())
@@ -286,13 +286,13 @@ def test_fp8_blocks_that_transformers_would_misread_are_refused(tmp_path):
     """It takes rows by rows of scales to be the height of the blocks: 96 for 192 rows."""
     config = LlamaConfig(**{**SIZES, "intermediate_size": 192}, num_attention_heads=4, num_key_value_heads=2)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "in")
-    with pytest.raises(QuantizationError, match="its 192 columns don't fill blocks of 128") as caught:
+    with pytest.raises(BackendError, match="its 192 columns don't fill blocks of 128") as caught:
         pack(tmp_path / "in", tmp_path / "out", "fp8")
     assert "--skip down_proj --skip gate_proj --skip up_proj" in str(caught.value)
 
 
 def test_torchaos_nf4_has_no_reader_and_the_sentence_names_what_has(llama, tmp_path):
-    with pytest.raises(QuantizationError, match="bitsandbytes' nf4 is read by transformers"):
+    with pytest.raises(BackendError, match="bitsandbytes' nf4 is read by transformers"):
         pack(llama, tmp_path / "out", "torchao", "nf4")
 
 

@@ -78,7 +78,7 @@ def test_a_merge_reads_what_its_weights_mean(llama, tmp_path, keys):
     packed = loaded(base_of(llama), quantization(**keys))
     plan = plan_base(base, base.quantization, torch.float32, CPU)
     with open_source(tmp_path / "out") as stored:
-        source = adopted(stored, skeleton(base), plan)
+        source = adopted(stored, skeleton(base), plan, CPU)
         assert len(source.packed) == 7
         for name in source.packed:
             expected = packed.get_submodule(name.removesuffix(".weight")).dequantize()
