@@ -77,7 +77,7 @@ def hold_dense_in(model: PeftModel, dtype: torch.dtype) -> None:
     """
     for module, leaf in _adapted(model):
         value = module.get_parameter(leaf)
-        if value.is_floating_point():
+        if value.is_floating_point() and value.dtype != dtype:
             held = value.detach().to(dtype).to(value.dtype)
             module.register_parameter(leaf, nn.Parameter(held, requires_grad=False))  # a tied weight stays as it is
 

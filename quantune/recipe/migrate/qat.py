@@ -108,7 +108,12 @@ def _activation_dtype(leaf: Leaf) -> Outcome:
 def _after_steps(leaf: Leaf) -> Outcome:
     steps = whole(leaf.value)
     found = _of_qat(leaf)
-    return found if found is not None else write(AFTER, steps)
+    if found is not None:
+        return found
+    last = leaf.config.whole("max_steps")
+    if last and steps >= last:
+        return refuse(f"rounding never begins within max_steps: {last}; name fewer steps, or leave qat out")
+    return write(AFTER, steps)
 
 
 def _embedding(leaf: Leaf) -> Outcome:
