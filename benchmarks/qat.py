@@ -1,6 +1,8 @@
 """What packing costs after plain and after quantization-aware training, on the built-in model.
 
-    python benchmarks/qat.py --steps 150 --json benchmarks/results/qat-mini-cpu.json
+    python benchmarks/qat.py --json benchmarks/results/qat-mini-cpu.json
+    python benchmarks/qat.py --steps 60 --rate 0.1 --adapter lora --format mxfp4 --format "bnb nf4" \\
+        --json benchmarks/results/qat-small-updates-mini-cpu.json
 
 Every row is trained with the data of recipes/quickstart.toml and the same seed, and evaluated on its held-out phrases:
 as it was trained, and with base and adapter packed together in the format.
@@ -74,7 +76,7 @@ WAYS = (
 def main() -> None:
     """Train, pack, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rate", type=float, default=1.0, help="multiply the learning rates: smaller, smaller updates")
     parser.add_argument("--adapter", choices=RATES, help="both by default")

@@ -102,7 +102,7 @@ class Backend(abc.ABC):
         """How another library reads checkpoints of this format, where one does.
 
         Args:
-            activation_dtype: one of those that the description names for the weight dtype.
+            activation_dtype: one of `options.activation_dtypes()`.
 
         Raises:
             QuantizationError: none does; the message says which format of the backend has a reader instead.
@@ -133,6 +133,15 @@ def pack_weight(backend: Backend, weight: Tensor, options: Any, *, name: str = "
             f"{name}: can't be packed, it holds NaN or infinity. The checkpoint is damaged; "
             f"fetch it again, or name the module in [quantization] skip"
         )
+    return pack_finite(backend, weight, options, name=name)
+
+
+def pack_finite(backend: Backend, weight: Tensor, options: Any, *, name: str = "weight") -> PackedWeight:
+    """`pack_weight` for a float matrix that is known to be finite: on a GPU each look at that waits for it.
+
+    Raises:
+        QuantizationError: it is of a shape or of values that the format can't store; `name` is in the message.
+    """
     layout = layout_of(backend, (weight.shape[0], weight.shape[1]), weight.dtype, options, name=name)
     try:
         tensors = backend.pack(weight.contiguous(), options)

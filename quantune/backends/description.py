@@ -55,12 +55,12 @@ class BackendDescription:
     adopts: tuple[str, ...] = ()
     """Values of `quant_method` in a checkpoint's `config.json` whose tensors it takes over bit for bit. Its options
     then have a method `checkpoint_problem(quantization_config)`: a sentence on what does not fit, or None."""
-    activation_dtypes: Mapping[str, tuple[str, ...]] = attrs.field(factory=dict)
-    """By weight dtype: what the library that reads its checkpoints can round activations to, e.g. `int8`.
-    `quantune quantize` goes by it; for `[training.qat]` the options have a method `activation_dtypes()`, which says the
-    same of what they hold together."""
     options: type
-    """A frozen attrs class: the keys it accepts under `[quantization]`, with defaults and a docstring under each."""
+    """A frozen attrs class: the keys it accepts under `[quantization]`, with defaults and a docstring under each.
+
+    Where the library that reads its checkpoints can round activations, a method `activation_dtypes()` says what these
+    options let it round them to, e.g. `("int8",)`; where it does so without being asked, a method
+    `activations_when_read()` says that in a sentence, or None."""
     probe: Callable[[], Probe]
     """Says whether it can run here; must not import torch."""
     load: Callable[[], Backend]

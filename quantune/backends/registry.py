@@ -281,14 +281,9 @@ def _problem_of(description: BackendDescription, name: str) -> str | None:
         return f"expected its adopts to be a tuple of strings, found {plain(repr(description.adopts), 80)}"
     if description.adopts and not callable(getattr(options, "checkpoint_problem", None)):
         return "it adopts checkpoints, and its options have no method checkpoint_problem"
-    activations = description.activation_dtypes
-    if not (
-        isinstance(activations, Mapping)
-        and all(map(_are_names, activations.values()))
-        and set(activations) <= set(dtypes)
-    ):
-        found = plain(repr(activations), 80)
-        return f"expected its activation_dtypes to map its weight_dtypes to tuples of strings, found {found}"
+    for method in ("activation_dtypes", "activations_when_read"):
+        if not callable(getattr(options, method, lambda: None)):
+            return f"expected {method} of its options to be a method, found {plain(repr(getattr(options, method)), 80)}"
     if not isinstance(description.summary, str):
         return f"expected its summary to be a string, found {plain(repr(description.summary), 80)}"
     return None

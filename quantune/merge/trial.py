@@ -20,9 +20,10 @@ from quantune.merge.verify import Verification
 from quantune.merge.weights import Onto
 from quantune.model.adapter import NAME, adapter_tensors, custom_modules
 from quantune.model.base import open_base
+from quantune.model.device import choose_precision
 from quantune.model.load import load_model
 from quantune.model.qat import round_inputs
-from quantune.model.trained import load_trained_adapter, load_trained_base
+from quantune.model.trained import hold_dense_in, load_trained_adapter, load_trained_base
 from quantune.quantized.rounding import Rounding
 from quantune.recipe.schema import ModelConfig
 
@@ -92,18 +93,17 @@ def prompts_for(opened: Opened, request: MergeRequest, *, trained_on: bool = Fal
 def load_reference(opened: Opened, request: MergeRequest) -> PeftModel:
     """Base and adapters as they were trained, computing in fp32."""
     setting = opened.setting
+    precision = choose_precision(setting.precision, opened.device)  # type: ignore[arg-type]  # one of a recipe
     model = load_trained_base(
         opened.base,
         setting.adapter,
         seed=setting.seed,
-        precision=setting.precision,
+        precision=precision,
         compute_dtype=torch.float32,
         device=opened.device,
         rounding=opened.rounding,
     )
-    adapted = load_trained_adapter(
-        model, request.adapters[0].folder, precision=setting.precision, rounding=opened.rounding
-    )
+    adapted = load_trained_adapter(model, request.adapters[0].folder, precision=precision, rounding=opened.rounding)
     names = [NAME]
     for index, adapter in enumerate(request.adapters[1:], 2):
         names.append(f"{NAME}_{index}")
@@ -111,6 +111,7 @@ def load_reference(opened: Opened, request: MergeRequest) -> PeftModel:
         config._register_custom_module(custom_modules(model))
         adapted.add_adapter(names[-1], config)
         set_peft_model_state_dict(adapted, adapter_tensors(adapter.folder), adapter_name=names[-1])
+    hold_dense_in(adapted, opened.dtype)  # the others may be on other layers
     if len(names) > 1 or request.weights != (1.0,):
         adapted.base_model.set_adapter(names)  # type: ignore[operator]  # a tuner
         for layer in adapted.modules():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
@@ -92,9 +92,8 @@ def attach(
     if initialization is not None:
         _begin_with(peft_model, initialization)
     if compute_dtype != torch.float32:
-        for module in peft_model.modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                _compute_in_fp32(module.modules_to_save[NAME], compute_dtype)
+        for module in _whole_modules(peft_model):
+            _compute_in_fp32(module, compute_dtype)
     return peft_model
 
 
@@ -244,6 +243,12 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, rounds: bool = False) 
     except (RuntimeError, ValueError, json.JSONDecodeError) as error:
         raise ModelError(f"the adapter in {folder} does not fit the base: {error}") from error
     _compute_experts(loaded)
+    full = _whole_modules(loaded) if model.dtype != torch.float32 else []
+    for module in full:
+        module.float()
+        _compute_in_fp32(module, model.dtype)
+    if full:  # PEFT rounded them to the dtype of the base
+        set_peft_model_state_dict(loaded, adapter_tensors(folder), adapter_name=NAME)
     return loaded
 
 
@@ -284,6 +289,11 @@ def _refuse_packed(model: nn.Module, full: tuple[str, ...]) -> None:
                 f'[adapter] modules_to_save: "{saved}" is packed, and packed weights can\'t be trained; '
                 f'keep it in full precision with [quantization] skip = ["{saved}"]'
             )
+
+
+def _whole_modules(model: PeftModel) -> list[nn.Module]:
+    """The modules that are trained in full."""
+    return [one.modules_to_save[NAME] for one in model.modules() if isinstance(one, ModulesToSaveWrapper)]
 
 
 def _compute_in_fp32(module: nn.Module, outside: torch.dtype) -> None:

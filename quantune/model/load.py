@@ -127,7 +127,7 @@ def load_model(
         assert plan is not None
         _require_packed(model, plan)
     if initialization is not None:
-        _split_dense(model, initialization)
+        _split_dense(model, initialization, pack_dtype or compute_dtype)
     if initialization is not None and shares is not None:  # of a packed weight the rank that packed it has them
         packed = {name for name in initialization.factors if isinstance(model.get_submodule(name), QuantLinear)}
         own = {name: initialization.factors[name].on_cpu() for name in packed}
@@ -313,13 +313,14 @@ def _share_rest(model: nn.Module, shares: Shares) -> None:
             buffer.data = buffer.data.to(shares.device)
 
 
-def _split_dense(model: nn.Module, initialization: Initialization) -> None:
-    """Take the adapter's share out of the adapted layers that are not packed."""
+def _split_dense(model: nn.Module, initialization: Initialization, dtype: torch.dtype) -> None:
+    """Take the adapter's share out of the adapted layers that are not packed, as a run in `dtype` did."""
     for name in sorted(initialization.names - initialization.factors.keys()):
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear)
         if not isinstance(layer, QuantLinear):
-            layer.weight.data = initialization.split(name, layer.weight.data, None)
+            weight = layer.weight.data
+            layer.weight.data = initialization.split(name, weight.to(dtype), None).to(weight.dtype)
 
 
 def _require_packed(model: PreTrainedModel, plan: QuantizationPlan) -> None:

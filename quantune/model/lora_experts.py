@@ -9,8 +9,8 @@ from peft.tuners.lora.layer import ParamWrapper as DenseParamWrapper
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from quantune.backends.backend import pack_weight
 from quantune.quantized import experts
+from quantune.quantized.merged import lora_delta, pack_merged, with_delta
 
 
 class ParamWrapper(DenseParamWrapper):
@@ -78,9 +78,8 @@ class ParamWrapper(DenseParamWrapper):
             update = self.update_of(adapter)
             for expert in range(self.num_experts):
                 weight = weight_format.dequantize(data[expert], torch.float32)
-                weight = weight + update.scaling * (update.lora_B[expert] @ update.lora_A[expert])
-                layout = weight_format.layout
-                data[expert] = pack_weight(weight_format.backend, weight.to(layout.dtype), layout.options).data
+                merged = with_delta(weight, lora_delta(update.lora_A[expert], update.lora_B[expert], update.scaling))
+                data[expert] = pack_merged(weight_format.backend, merged, weight_format.layout).data
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:

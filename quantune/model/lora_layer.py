@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from quantune.backends.backend import pack_weight
 from quantune.quantized.linear import PackedLoraLinear, QuantLinear, WeightFormat
+from quantune.quantized.merged import lora_delta, pack_merged, with_delta
 from quantune.quantized.rounding import RoundedLoraLinear, Rounding
 
 
@@ -105,16 +106,23 @@ class QuantLoraLinear(RoundedLora):
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold adapters into the packed weight: dequantize, add in the compute dtype, pack again."""
+        """Fold adapters into the packed weight as a packed merge does: dequantize, add in fp32, pack again."""
+        base: Any = self.get_base_layer()
+        weight_format: WeightFormat = base.weight_format
         for adapter in check_adapters_to_merge(self, adapter_names) or []:
             if adapter not in self.lora_A:
                 continue
-            weight = QuantuneBackend().get_base_weight(self.get_base_layer())
-            if adapter in self.lora_variant:
-                weight = self.lora_variant[adapter].merge_safe(self, adapter, weight)
+            weight = base.dequantize(torch.float32)
+            magnitude: Any = None
+            if adapter in self.lora_magnitude_vector:
+                magnitude = self.lora_magnitude_vector[adapter].weight
+            if adapter in self.lora_variant and (magnitude is None or self.merged_adapters):
+                merged = self.lora_variant[adapter].merge_safe(self, adapter, weight)
             else:
-                weight = weight + self.get_delta_weight(adapter).to(weight.dtype)
-            QuantuneBackend().set_base_weight(self, weight)
+                lora_A: Any = self.lora_A[adapter].weight
+                lora_B: Any = self.lora_B[adapter].weight
+                merged = with_delta(weight, lora_delta(lora_A, lora_B, self.scaling[adapter]), magnitude)
+            base.weight.data = pack_merged(weight_format.backend, merged, weight_format.layout).data
             self.merged_adapters.append(adapter)
 
     def unmerge(self) -> None:

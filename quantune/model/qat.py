@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import attrs
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quantune.backends import registry
+from quantune.backends.readers import Destination
 from quantune.errors import ModelError
 from quantune.model.adapter import NAME
 from quantune.model.adoption import kept_modules
@@ -59,7 +60,8 @@ def plan_rounding(
     `stored` is what the `config.json` of a checkpoint that is already quantized says of that.
 
     Raises:
-        ModelError: dense weights are needed of a quantized base, or inputs of experts are to be rounded.
+        ModelError: dense weights are needed of a quantized base, or inputs are to be rounded of experts, or of layers
+            that the format's reader does not take so.
     """
     if config is None or quantization is None:
         return None
@@ -72,6 +74,8 @@ def plan_rounding(
             f"this base has packed experts, e.g. {in_stacks[0]}, whose readers don't; leave activation_dtype out, or "
             "keep the experts in full precision with [quantization] experts = false"
         )
+    if config.activation_dtype is not None:
+        _require_read(skeleton, packed, quantization, config.activation_dtype)
     layers = tuple(name for name in match_targets(skeleton, adapter) if name in packed)
     stacks = tuple(name for name in match_parameters(skeleton, adapter.target_parameters) if name in packed)
     held: QuantizationConfig | None = quantization
@@ -86,6 +90,32 @@ def plan_rounding(
         dense = (*quantization.skip, *layers, *stacks)
         held = attrs.evolve(quantization, skip=dense) if packable(skeleton, dense, quantization.experts) else None
     return RoundingPlan(config=config, format=quantization, stored=held, layers=layers, stacks=stacks)
+
+
+def _require_read(
+    skeleton: PreTrainedModel, layers: Collection[str], quantization: QuantizationConfig, activation_dtype: str
+) -> None:
+    """Require that the format's reader takes all packed layers with their inputs rounded: nothing else rounds them.
+
+    Raises:
+        ModelError: it does not.
+    """
+    backend = registry.load_backend(registry.describe_available(quantization.backend))
+    reader = backend.reader(quantization.options, activation_dtype)
+    for name in sorted(layers):
+        weight = skeleton.get_parameter(f"{name}.weight")
+        destination = Destination(
+            name=f"{name}.weight",
+            shape=(weight.shape[0], weight.shape[1]),
+            dtype=skeleton.dtype,
+            model_type=skeleton.config.model_type,
+        )
+        reason = reader.refusal(destination)
+        if reason is not None:
+            raise ModelError(
+                f'[training.qat] activation_dtype = "{activation_dtype}": {reader.library} would not take {name} of '
+                f"this base: {reason}; leave activation_dtype out"
+            )
 
 
 def round_layers(model: PeftModel, plan: RoundingPlan, *, dtype: torch.dtype) -> Rounding:

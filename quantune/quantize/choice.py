@@ -9,8 +9,7 @@ from typing import Any
 import attrs
 
 from quantune.backends import registry
-from quantune.backends.description import BackendDescription
-from quantune.backends.options import choose_dtype
+from quantune.backends.options import choose_dtype, default_options
 from quantune.errors import BackendError, InputError
 from quantune.recipe.overrides import toml_value
 from quantune.recipe.schema import QuantizationConfig
@@ -63,8 +62,8 @@ def choose(
         problems += [f"{key}: {message}" for key, message in options.problems()]
     if problems or options is None:
         raise BackendError(f"backend {json.dumps(backend)} does not take these options: {'; '.join(problems)}")
-    if activation_dtype is not None and activation_dtype not in description.activation_dtypes.get(chosen or "", ()):
-        raise InputError(_no_such_activations(activation_dtype, backend, chosen))
+    if activation_dtype is not None and activation_dtype not in _activation_dtypes(options):
+        raise InputError(_no_such_activations(activation_dtype, backend, options))
     options = options.resolved() if hasattr(options, "resolved") else options
     quantization = QuantizationConfig(backend=backend, skip=tuple(skip), options=options)
     return Choice(quantization=quantization, activation_dtype=activation_dtype)
@@ -83,18 +82,30 @@ def _settings(settings: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def _no_such_activations(asked: str, backend: str, weight_dtype: str | None) -> str:
-    pairs = "; ".join(pair for name in registry.BUILT_IN for pair in _pairs(registry.describe(name)))
-    weights = backend if weight_dtype is None else f"{backend} {weight_dtype}"
-    return (
-        f"--activation-dtype {asked}: no reader multiplies {weights} weights by activations rounded to it. What there "
-        f"is: {pairs}; any other format leaves activations as they are"
-    )
+def _activation_dtypes(options: Any) -> tuple[str, ...]:
+    """What the reader of a format can be asked to round activations to."""
+    return tuple(options.activation_dtypes()) if hasattr(options, "activation_dtypes") else ()
 
 
-def _pairs(description: BackendDescription) -> list[str]:
-    return [
-        f"--backend {description.name} --weight-dtype {weight_dtype} --activation-dtype {activation_dtype}"
-        for weight_dtype, activation_dtypes in description.activation_dtypes.items()
-        for activation_dtype in activation_dtypes
+def _no_such_activations(asked: str, backend: str, options: Any) -> str:
+    formats = [
+        (description.name, default_options(description, weight_dtype))
+        for description in map(registry.describe, registry.BUILT_IN)
+        for weight_dtype in description.weight_dtypes or (None,)
     ]
+    pairs = [
+        f"--backend {name} --weight-dtype {made.weight_dtype} --activation-dtype {dtype}"
+        for name, made in formats
+        for dtype in _activation_dtypes(made)
+    ]
+    unasked = [made.activations_when_read() for _, made in formats if hasattr(made, "activations_when_read")]
+    rest = [*filter(None, unasked), "other formats leave activations as they are"]
+    weight_dtype = getattr(options, "weight_dtype", None)
+    weights = backend if weight_dtype is None else f"{backend} {weight_dtype}"
+    groups = getattr(options, "group_size", None)
+    return (
+        f"--activation-dtype {asked}: no reader can be asked to multiply {weights} weights"
+        + ("" if groups is None else f" in groups of {groups}")
+        + f" by activations rounded to it. What there is, with one scale per row: {'; '.join(pairs)}. "
+        + f"{'; '.join(rest)}"
+    )

@@ -7,18 +7,25 @@ Shape suffixes: O out features, I in features, R rank.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from quantune.backends.backend import Backend, pack_weight
+from quantune.backends.backend import Backend, pack_finite
 from quantune.backends.kernels import is_finite
 from quantune.backends.layout import PackedLayout, PackedWeight
 from quantune.errors import NonFiniteError
 
 
 def lora_delta(lora_A_RI: Tensor, lora_B_OR: Tensor, scaling: float) -> Tensor:
-    """The update of LoRA in the dtype of its factors, shape (O, I), rounded as PEFT rounds it."""
-    return (lora_B_OR @ lora_A_RI).mul_(scaling)
+    """The update of LoRA in the dtype of its factors, shape (O, I), rounded as PEFT rounds it.
+
+    Never in TF32: a run may allow that, what reads its adapter does not, and both must get the same bits.
+    """
+    with _in_full():
+        return (lora_B_OR @ lora_A_RI).mul_(scaling)
 
 
 def with_delta(weight: Tensor, delta: Tensor, magnitude_O: Tensor | None = None) -> Tensor:
@@ -47,4 +54,18 @@ def pack_merged(backend: Backend, merged: Tensor, layout: PackedLayout, *, name:
             f"{name}: expected numbers to pack, found NaN or infinity in the sum of base and adapter; "
             "lower [training] learning_rate"
         )
-    return pack_weight(backend, merged, layout.options, name=name)
+    return pack_finite(backend, merged, layout.options, name=name)
+
+
+@contextlib.contextmanager
+def _in_full() -> Iterator[None]:
+    """Multiply fp32 matrices in fp32 while the context is open."""
+    before = torch.get_float32_matmul_precision()
+    if before == "highest":
+        yield
+        return
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -105,11 +105,17 @@ def _activations(training: TrainingConfig, quantization: QuantizationConfig) -> 
     dtype = getattr(options, "weight_dtype", None)
     format_ = f'backend = "{quantization.backend}"' + (f', weight_dtype = "{dtype}"' if dtype else "")
     others = " or ".join(json.dumps(one) for one in read)
+    unasked = options.activations_when_read() if hasattr(options, "activations_when_read") else None
+    message = f'no reader of {format_} rounds activations to "{wanted}"' + (
+        f", only to {others}" if read else "; it leaves them as they are"
+    )
+    if unasked is not None:
+        message = f'no reader of {format_} can be told to round activations to "{wanted}": {unasked}, in a way of '
+        message += "their own that training does not have"
     yield Finding(
         code="QT020",
         path=("training", "qat", "activation_dtype"),
-        message=f'no reader of {format_} rounds activations to "{wanted}"'
-        + (f", only to {others}" if read else "; it leaves them as they are"),
+        message=message,
         hint='leave activation_dtype out, or use backend = "torchao" with weight_dtype = '
         f'"{wanted}" and a scale for each row',
         other=("quantization",),

@@ -88,6 +88,19 @@ def without_effect(recipe: Recipe, device: torch.device) -> list[str]:
     return sentences
 
 
+def read_otherwise(recipe: Recipe) -> str | None:
+    """A sentence where readers of the format that a run rounds to do more than it does, None where they don't."""
+    if recipe.training.qat is None or recipe.quantization is None:
+        return None
+    options = recipe.quantization.options
+    unasked = options.activations_when_read() if hasattr(options, "activations_when_read") else None
+    if unasked is None:
+        return None
+    return (
+        f"[training.qat] leaves activations as they are, and {unasked}: there a packed merge answers a little otherwise"
+    )
+
+
 def _every_steps(config: Periodic, steps_of_an_epoch: float) -> Periodic:
     """The table with `every_steps` in place of `per_epoch`, rounded up so that an epoch never has more of them."""
     if config.per_epoch is None:

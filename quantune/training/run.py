@@ -41,7 +41,7 @@ from quantune.training.observer import EvaluationResult, Observer
 from quantune.training.optimizer import require_optimizer
 from quantune.training.process import Beat, Process
 from quantune.training.recording import Recorder
-from quantune.training.resolve import idle_processes, resolve, without_effect
+from quantune.training.resolve import idle_processes, read_otherwise, resolve, without_effect
 from quantune.training.resuming import (
     Checkpoint,
     begin_attempt,
@@ -287,6 +287,9 @@ def _check_model(recipe: Recipe, base: Base, meta: PreTrainedModel, device: torc
     if recipe.quantization is not None:
         check_plan(meta, recipe.quantization, device, base.stored)
         targets.require_packed_target(meta, recipe.adapter, recipe.quantization, base.stored)
+        otherwise = read_otherwise(recipe)
+        if otherwise is not None:
+            observer.warning(otherwise)
         if not recipe.quantization.experts and next(quantizable_experts(meta, ()), None) is None:
             observer.warning("[quantization] experts = false has no effect: this base has no fused experts")
     beside = targets.left_out(meta) if targets.takes_all_linear(recipe.adapter) else []

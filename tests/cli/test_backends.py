@@ -196,9 +196,9 @@ BROKEN_DESCRIPTIONS = {
     DESCRIPTION.replace("weight_dtype: str", "dtype: str"): "its options have no weight_dtype",
     DESCRIPTION.replace('summary=""', "summary=None"): "expected its summary to be a string",
     DESCRIPTION.replace('summary=""', 'summary="", bits_per_weight={"w4": "4"}'): "bits_per_weight to map names to",
-    DESCRIPTION.replace(
-        'summary=""', 'summary="", activation_dtypes={"w8": ("int8",)}'
-    ): "its activation_dtypes to map",
+    DESCRIPTION.replace("description =", "Options.activation_dtypes = ('int8',)\ndescription ="): (
+        "expected activation_dtypes of its options to be a method"
+    ),
 }
 
 

@@ -9,6 +9,8 @@ from safetensors.torch import load
 from quantune.recipe.schema import AdapterConfig, QatConfig
 
 KINDS = {
+    "lora": (AdapterConfig(r=4), QatConfig()),
+    "dora": (AdapterConfig(r=4, use_dora=True), QatConfig()),
     "dora on the packed base": (AdapterConfig(r=4, use_dora=True), QatConfig(lora_base="packed")),
     "full": (AdapterConfig(type="full"), QatConfig()),
 }

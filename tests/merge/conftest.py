@@ -22,6 +22,7 @@ from quantune.merge.request import MergeRequest, Setting
 from quantune.merge.trained import TrainedAdapter
 from quantune.model import adapter, mini
 from quantune.model.base import open_base, skeleton
+from quantune.model.device import DTYPES
 from quantune.model.load import load_model
 from quantune.recipe.schema import AdapterConfig, ModelConfig
 
@@ -77,16 +78,20 @@ def with_tokenizer(base, folder):
 
 
 @torch.no_grad()
-def train(base, folder, quantization=None, *, model=None, **options) -> Trained:
+def train(base, folder, quantization=None, *, model=None, precision="fp32", **options) -> Trained:
     """An adapter on `base` whose every parameter is drawn at random, as `[adapter]` says with `options`."""
     config = AdapterConfig(**{"r": 4, "alpha": 8.0, **options})
     setting = Setting(
-        model=model or ModelConfig(base=str(base)), quantization=quantization, adapter=config, seed=0, precision="fp32"
+        model=model or ModelConfig(base=str(base)),
+        quantization=quantization,
+        adapter=config,
+        seed=0,
+        precision=precision,
     )
     opened = open_base(setting.model, quantization)
     setting = attrs.evolve(setting, quantization=opened.quantization)
     split = adapter.build_initialization(skeleton(opened), config, seed=0)
-    loaded = load_model(opened, opened.quantization, compute_dtype=torch.float32, device=CPU, initialization=split)
+    loaded = load_model(opened, opened.quantization, compute_dtype=DTYPES[precision], device=CPU, initialization=split)
     adapted = adapter.attach(loaded, config, base_name=str(base), seed=0, initialization=split)
     torch.manual_seed(1)
     for parameter in adapter.trainable_parameters(adapted).values():

@@ -8,6 +8,7 @@ from peft import PeftModel
 from support import base_of, quantization
 from transformers import AutoModelForCausalLM
 
+from quantune.backends.backend import pack_weight
 from quantune.errors import ModelError
 from quantune.model import adapter, targets
 from quantune.model.base import skeleton
@@ -20,14 +21,14 @@ from quantune.training.loss import build_loss
 TOKENS = torch.arange(30).view(2, 15) % 300
 
 
-def load(folder, weight_dtype="nf4"):
+def load(folder, weight_dtype="nf4", dtype=torch.float32):
     plan = quantization(weight_dtype=weight_dtype)
-    return load_model(base_of(folder), plan, compute_dtype=torch.float32, device=torch.device("cpu"))
+    return load_model(base_of(folder), plan, compute_dtype=dtype, device=torch.device("cpu"))
 
 
-def trained(folder, config, weight_dtype="nf4"):
+def trained(folder, config, weight_dtype="nf4", dtype=torch.float32):
     """An adapter whose every tensor has moved from its initialization."""
-    model = adapter.attach(load(folder, weight_dtype), config, base_name=str(folder), seed=3)
+    model = adapter.attach(load(folder, weight_dtype, dtype), config, base_name=str(folder), seed=3)
     torch.manual_seed(4)
     for parameter in adapter.trainable_parameters(model).values():
         parameter.data += torch.randn_like(parameter) * 0.05
@@ -144,6 +145,26 @@ def test_peft_merges_into_the_packed_weight_and_refuses_to_undo_it(llama):
         layer.unmerge()
 
 
+@pytest.mark.parametrize("name", ["lora", "dora"])
+@torch.no_grad()
+def test_peft_merges_to_the_bytes_of_a_packed_merge_whatever_it_computes_in(llama, name):
+    model = trained(llama, CONFIGS[name], dtype=torch.bfloat16)
+    expected = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, QuantLoraLinear):
+            weight_format = layer.get_base_layer().weight_format
+            merged = layer.get_base_layer().dequantize(torch.float32)
+            merged += layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+            if name == "dora":
+                merged *= (layer.lora_magnitude_vector["default"].weight / merged.norm(dim=1))[:, None]
+            options, dtype = weight_format.layout.options, weight_format.layout.dtype
+            expected[path] = pack_weight(weight_format.backend, merged.to(dtype), options).data
+    model.merge_adapter()
+    assert len(expected) == 7 * 2
+    for path, data in expected.items():
+        assert torch.equal(model.get_submodule(path).get_base_layer().weight, data), path
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -234,6 +255,14 @@ def test_a_bf16_base_trains_fp32_adapters(llama, config):
     trained = adapter.trainable_parameters(model).values()
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in trained)
+
+
+def test_a_loaded_adapter_on_a_bf16_base_answers_as_it_did_in_training(llama, tmp_path):
+    model = trained(llama, AdapterConfig(r=4, modules_to_save=("lm_head", "embed_tokens")), dtype=torch.bfloat16)
+    adapter.save_adapter(model, tmp_path)
+    loaded = adapter.load_adapter(load(llama, dtype=torch.bfloat16), tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
 
 
 def test_a_pattern_never_reaches_the_output_head_or_anything_but_linear_layers(llama):

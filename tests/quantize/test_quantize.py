@@ -229,14 +229,16 @@ def test_a_format_that_there_is_not_is_refused_with_those_there_are(arguments, e
 def test_activations_that_no_reader_rounds_so_are_refused_with_the_pairs_there_are(
     backend, weight_dtype, activation_dtype
 ):
-    with pytest.raises(InputError, match="no reader multiplies") as caught:
+    with pytest.raises(InputError, match="no reader can be asked to multiply") as caught:
         choose(backend, weight_dtype, activation_dtype=activation_dtype)
-    assert "--backend torchao --weight-dtype fp8 --activation-dtype fp8" in str(caught.value)
+    said = str(caught.value)
+    assert "--backend torchao --weight-dtype fp8 --activation-dtype fp8" in said
+    assert "int8 layers always round activations" in said and "fp8 layers always round activations" in said
 
 
-def test_int8_activations_take_one_scale_per_row(shards, tmp_path):
-    with pytest.raises(BackendError, match="one scale per row only; leave group_size out"):
-        pack(shards, tmp_path / "out", settings=["group_size=32"], activation_dtype="int8")
+def test_int8_activations_take_one_scale_per_row():
+    with pytest.raises(InputError, match="torchao int8 weights in groups of 64 .* with one scale per row"):
+        choose("torchao", "int8", settings=["group_size=64"], activation_dtype="int8")
 
 
 def test_the_folder_of_a_run_is_merged_first(tmp_path):

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from quantune.backends import registry
+from quantune.backends.options import default_options
 from quantune.errors import BackendError, QuantizationError
 from quantune.model.load import load_model
 from quantune.quantize.choice import choose
@@ -303,10 +304,11 @@ def test_a_backend_of_others_has_no_reader_unless_it_says_so():
 
 
 def test_every_activation_dtype_that_is_offered_has_a_reader():
-    for name in registry.BUILT_IN:
-        description = registry.describe(name)
-        for weight_dtype, activation_dtypes in description.activation_dtypes.items():
-            options = description.options(weight_dtype=weight_dtype)
-            for activation_dtype in activation_dtypes:
-                reader = description.load().reader(options, activation_dtype)
-                assert "Dynamic" in json.dumps(reader.quantization_config((), torch.bfloat16))
+    description, offered = registry.describe("torchao"), []
+    for weight_dtype in description.weight_dtypes:
+        options = default_options(description, weight_dtype)
+        for activation_dtype in options.activation_dtypes():
+            reader = description.load().reader(options, activation_dtype)
+            assert "Dynamic" in json.dumps(reader.quantization_config((), torch.bfloat16))
+            offered.append((weight_dtype, activation_dtype))
+    assert offered == [("int8", "int8"), ("fp8", "fp8")]

@@ -844,6 +844,45 @@ QUANTIZED = [
         {"quantization.weight_dtype": "int4", "quantization.group_size": 32, "training.qat.fake_quant_after_steps": 0},
     ),
     (
+        {"adapter": "lora", "qat": {"weight_dtype": "INT4"}},
+        "qat.weight_dtype",
+        "changed",
+        {"quantization.weight_dtype": "int4", "quantization.group_size": 32},
+    ),
+    (
+        {"adapter": "lora", "lora_dropout": 0.05, "qat": {"weight_dtype": "int4"}},
+        "lora_dropout",
+        "changed",
+        {"adapter.dropout": NOTHING},
+    ),
+    *(
+        ({"adapter": NOTHING, key: value, "qat": {"weight_dtype": "int4"}}, key, "dropped", {to: NOTHING})
+        for key, value, to in (
+            ("lora_r", 16, "adapter.r"),
+            ("lora_dropout", 0.05, "adapter.dropout"),
+            ("peft_use_dora", True, "adapter.use_dora"),
+            ("loraplus_lr_ratio", 16, "training.loraplus_lr_ratio"),
+        )
+    ),
+    (
+        {"adapter": "lora", "peft_init_lora_weights": "loftq", "qat": {"weight_dtype": "int4"}},
+        "peft_init_lora_weights",
+        "changed",
+        {"adapter.init": NOTHING},
+    ),
+    (
+        {"adapter": "lora", "max_steps": 9, "qat": {"weight_dtype": "int4", "fake_quant_after_n_steps": 9}},
+        "qat.fake_quant_after_n_steps",
+        "refused",
+        {},
+    ),
+    (
+        {"adapter": "lora", "torch_compile": True, "qat": {"weight_dtype": "int4"}},
+        "torch_compile",
+        "changed",
+        {"training.compile": NOTHING},
+    ),
+    (
         {"adapter": NOTHING, "qat": {"weight_dtype": "nvfp4", "group_size": 16, "fake_quant_after_n_steps": 9}},
         "qat.weight_dtype",
         "changed",

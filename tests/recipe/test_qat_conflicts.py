@@ -61,6 +61,17 @@ def load(tmp_path, quantization="", adapter="", training=""):
             "QT020",
             'no reader of backend = "bnb", weight_dtype = "nf4" rounds activations to "int8"; it leaves them',
         ),
+        *(
+            (
+                f'[quantization]\nbackend = "{backend}"\n' + options,
+                "",
+                QAT + f'activation_dtype = "{dtype}"',
+                "training.qat.activation_dtype",
+                "QT020",
+                f"{dtype} layers always round activations to {dtype}, in a way of their own",
+            )
+            for backend, options, dtype in (("bnb", 'weight_dtype = "int8"\n', "int8"), ("fp8", "", "fp8"))
+        ),
         (INT8, "", QAT + 'activation_dtype = "fp8"', "training.qat.activation_dtype", "QT020", 'only to "int8"'),
         (
             INT8 + "group_size = 32\n",

@@ -1,5 +1,6 @@
 """Quantization-aware training: what it computes is what packing the merged weights gives."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,12 +10,13 @@ import pytest
 import torch
 from support import FORMATS, Silent, quantization
 from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantune.backends.backend import pack_weight
 from quantune.checkpoint.run_folder import RunFolder
 from quantune.data.prepare import prepare
 from quantune.distributed.sharding import Root
-from quantune.errors import InterruptedRun
+from quantune.errors import InterruptedRun, ModelError
 from quantune.merge.merge import write
 from quantune.merge.opening import open_merge
 from quantune.merge.request import MergeRequest, Setting
@@ -29,6 +31,7 @@ from quantune.recipe.schema import (
     AdapterConfig,
     CheckpointConfig,
     DataConfig,
+    EvaluationConfig,
     ModelConfig,
     QatConfig,
     Recipe,
@@ -37,6 +40,7 @@ from quantune.recipe.schema import (
 )
 from quantune.training.evaluate import evaluate
 from quantune.training.loss import build_loss
+from quantune.training.resolve import read_otherwise
 from quantune.training.run import train
 
 CPU = torch.device("cpu")
@@ -289,6 +293,58 @@ def test_a_resumed_run_ends_with_the_same_bytes_and_merges_as_it_was_evaluated(
             torch.testing.assert_close(merged(tokens).logits, loaded(tokens).logits, rtol=1e-4, atol=1e-4)
             reference = load_reference(opened, request).eval()
             assert torch.equal(reference(tokens).logits, loaded(tokens).logits)
+
+
+def test_a_run_begins_where_the_one_before_ended_with_all_weights_trained(data, tmp_path):
+    """Head and embedding among them, which are not rounded and compute in fp32."""
+    targets = ("q_proj", "embed_tokens", "lm_head")
+    made = recipe(adapted={"type": "full", "targets": targets}, data=data, max_steps=2, batch_size=4)
+    made = attrs.evolve(
+        made,
+        data=attrs.evolve(made.data, eval=(data,)),
+        evaluation=EvaluationConfig(at_start=True),
+        training=attrs.evolve(made.training, precision="bf16", learning_rate=1e-3),
+    )
+    first = run(made, tmp_path / "first")
+    began, ended = (one.loss for one in (first.evaluations[0], first.evaluations[-1]))
+    assert ended < began - 0.1
+    second = run(
+        attrs.evolve(made, adapter=attrs.evolve(made.adapter, start_from=str(first.adapter))), tmp_path / "second"
+    )
+    assert second.evaluations[0].loss == ended
+
+    base = open_base(made.model, made.quantization)
+    plan = plan_of(base, made)
+    model = load_trained_base(
+        base, made.adapter, seed=0, precision="bf16", compute_dtype=torch.bfloat16, device=CPU, rounding=plan
+    )
+    loaded = load_trained_adapter(model, first.adapter, precision="bf16", rounding=plan)
+    assert held_out_loss(loaded.eval(), base, made) == ended
+
+
+@pytest.mark.parametrize(("format", "said"), [("bnb int8", "bitsandbytes"), ("fp8", "on a GPU"), ("bnb nf4", None)])
+def test_a_run_says_that_readers_round_what_it_does_not(format, said):
+    sentence = read_otherwise(recipe(format))
+    assert sentence is None if said is None else said in sentence
+    assert read_otherwise(attrs.evolve(recipe(format), training=TrainingConfig())) is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "hidden", "said"),
+    [(torch.float32, 64, "in bf16 only"), (torch.bfloat16, 72, "its shape is 72 x 64"), (torch.bfloat16, 64, None)],
+)
+def test_rounded_inputs_that_no_reader_takes_are_refused_before_training(dtype, hidden, said):
+    config = LlamaConfig(hidden_size=hidden, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype)
+    made = recipe("torchao fp8", qat={"activation_dtype": "fp8"})
+    refused = (
+        contextlib.nullcontext()
+        if said is None
+        else pytest.raises(ModelError, match=f"{said}.*; leave activation_dtype out")
+    )
+    with refused:
+        assert qat.plan_rounding(model, made.training.qat, made.quantization, made.adapter).layers
 
 
 def held_out_loss(model, base, made):

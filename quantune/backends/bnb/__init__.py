@@ -47,6 +47,10 @@ class BnbOptions:
             double_quant=True if self.double_quant is None else self.double_quant,
         )
 
+    def activations_when_read(self) -> str | None:
+        """What bitsandbytes does to the inputs of a layer of this format."""
+        return "bitsandbytes' int8 layers always round activations to int8" if self.weight_dtype == "int8" else None
+
     def checkpoint_problem(self, quantization_config: Mapping[str, Any]) -> str | None:
         """What of a checkpoint's own quantization does not fit: another dtype, or scales stored in another way."""
         stored = self.of_checkpoint(quantization_config)

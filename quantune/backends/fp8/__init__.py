@@ -25,6 +25,10 @@ class Fp8Options:
         if len(self.block_size) != 2 or any(size < 1 for size in self.block_size):
             yield "block_size", f"expected two numbers greater than 0, found {list(self.block_size)}"
 
+    def activations_when_read(self) -> str:
+        """What transformers does to the inputs of a layer of this format."""
+        return "on a GPU transformers' fp8 layers always round activations to fp8"
+
     def checkpoint_problem(self, quantization_config: Mapping[str, Any]) -> str | None:
         """What of a checkpoint's own quantization does not fit: blocks of another size, or none."""
         stored = quantization_config.get("weight_block_size")

@@ -54,8 +54,7 @@ class TorchaoOptions:
 
     def activation_dtypes(self) -> tuple[str, ...]:
         """What torchao rounds the inputs of a layer of this format to, each token by a scale of its own."""
-        whole_rows = self.group_size is None
-        return (self.weight_dtype,) if self.weight_dtype in ("int8", "fp8") and whole_rows else ()
+        return (self.weight_dtype,) if self.weight_dtype in ("int8", "fp8") and self.group_size is None else ()
 
     def resolved(self) -> TorchaoOptions:
         """The same options with every default written out."""
@@ -142,7 +141,6 @@ description = BackendDescription(
     weight_dtypes=("int4", "nf4", "nvfp4", "int8", "fp8"),
     bits_per_weight={"int4": 4.25, "nf4": 4.127, "nvfp4": 4.5, "int8": 8.008, "fp8": 8.008},
     adopts=("torchao",),
-    activation_dtypes={"int8": ("int8",), "fp8": ("fp8",)},
     options=TorchaoOptions,
     probe=lambda: Probe(available=True, devices=("cpu", "cuda")),
     load=_load,

@@ -143,10 +143,10 @@ class TorchaoBackend(Backend):
                 "torchao can't save its nf4, so no library reads it; bitsandbytes' nf4 is read by transformers "
                 '(backend = "bnb")'
             )
-        if activation_dtype is not None and options.group_size is not None:
+        if activation_dtype is not None and activation_dtype not in options.activation_dtypes():
             raise QuantizationError(
-                f"torchao multiplies {options.weight_dtype} weights by {activation_dtype} activations with one scale "
-                "per row only; leave group_size out"
+                f"torchao does not multiply {options.weight_dtype} weights by {activation_dtype} activations: it takes "
+                "int8 by int8 and fp8 by fp8, with one scale for each row (no group_size)"
             )
         return TorchaoReader(backend=self, options=options.resolved(), activation_dtype=activation_dtype)
 

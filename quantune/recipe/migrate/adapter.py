@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import attrs
+
+from quantune.recipe.migrate.qat import trains, trains_all_weights
 from quantune.recipe.migrate.rule import (
     Config,
     Leaf,
@@ -18,11 +21,14 @@ from quantune.recipe.migrate.rule import (
     same,
     translate,
     write,
+    writes,
 )
 from quantune.recipe.migrate.rule import value as takes
 from quantune.recipe.migrate.values import Unusable, flag, is_off, names, number, whole
+from quantune.recipe.qat_conflicts import OF_LORA
 from quantune.recipe.schema import ALL_LINEAR
 
+_OF_LORA = frozenset((*(("adapter", key) for key in OF_LORA), ("training", "loraplus_lr_ratio")))
 _REGEX = re.compile(r"[\\^$*+?{}\[\]()|]")
 _INITS = {"gaussian": "gaussian", "pissa": "pissa", "olora": "olora", "loftq": "loftq"}
 
@@ -81,16 +87,40 @@ def _init(leaf: Leaf) -> Outcome:
     return refuse(f"quantune begins an update in one of these ways: default, {', '.join(_INITS)}")
 
 
+def _dropout(leaf: Leaf) -> Outcome:
+    rate = number(leaf.value)
+    if rate and trains(leaf.config) and not trains_all_weights(leaf.config):
+        return writes(
+            {}, "qat rounds the sum of base and adapter, which has one input; there is no dropout", changed=True
+        )
+    return write("adapter.dropout", rate)
+
+
 def _loftq(leaf: Leaf) -> Outcome:
     whole(leaf.value)
     note = "for the format that [quantization] names, whatever loftq_bits says"
     return write("adapter.init", "loftq", note, changed=True)
 
 
-RULES: tuple[Rule, ...] = (
+def _with_qat(rule: Rule) -> Rule:
+    """The rule, but for what has no meaning beside `qat`."""
+
+    def apply(leaf: Leaf) -> Outcome:
+        outcome = rule.apply(leaf)
+        if trains_all_weights(leaf.config) and any(path in _OF_LORA for path, _ in outcome.writes):
+            return drop("no adapter is named, and qat then trains all weights, there too")
+        if trains(leaf.config) and (("adapter", "init"), "loftq") in outcome.writes:
+            note = "loftq makes up for what packing loses, and qat begins with the original weights; it begins at zero"
+            return writes({}, note, changed=True)
+        return outcome
+
+    return attrs.evolve(rule, apply=apply)
+
+
+_RULES: tuple[Rule, ...] = (
     takes("lora_r", "adapter.r", whole),
     takes("lora_alpha", "adapter.alpha", number),
-    takes("lora_dropout", "adapter.dropout", number),
+    translate("lora_dropout", to="`adapter.dropout`", by=_dropout),
     translate("lora_target_modules", to="`adapter.targets`", by=_target_modules),
     translate("lora_target_linear", to='`adapter.targets = "all-linear"`, or among others', by=_target_linear),
     takes("lora_target_parameters", "adapter.target_parameters", names),
@@ -127,3 +157,4 @@ RULES: tuple[Rule, ...] = (
     ),
     refused("peft_ensure_weight_tying", because="quantune keeps weights tied as the base has them"),
 )
+RULES: tuple[Rule, ...] = tuple(map(_with_qat, _RULES))

@@ -11,7 +11,7 @@ from quantune.recipe.migrate.adapter import targets
 from quantune.recipe.migrate.data import LENGTH, evaluates
 from quantune.recipe.migrate.datasets import PARTS, ROLES_THERE, format_of
 from quantune.recipe.migrate.prompts import prompt_of
-from quantune.recipe.migrate.qat import GROUP_SIZE, trains, trains_all_weights
+from quantune.recipe.migrate.qat import GROUP_SIZE, qat_format, trains, trains_all_weights
 from quantune.recipe.migrate.quantization import ADAPTERS, spelled
 from quantune.recipe.migrate.rule import Config, RecipePath
 from quantune.recipe.migrate.training import batch_size, micro_batch_size, scheduled
@@ -93,7 +93,7 @@ def _applies(section: str, key: str, config: Config, written: set[RecipePath]) -
     if (section, key) == ("checkpoint", "per_epoch"):
         return (section, "every_steps") not in written and config.get("save_strategy") not in ("no", False)
     if section == "quantization":
-        return trains(config) and config.get("qat")["weight_dtype"] == "int4"
+        return trains(config) and qat_format(config).get("weight_dtype") == "int4"
     if section == "evaluation":
         held_out = is_off(config.get("test_datasets"))  # rows of their own are there to be evaluated
         wanted = {"batch_size": True, "at_start": scheduled(config), "at_end": held_out and not scheduled(config)}

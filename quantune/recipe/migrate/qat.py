@@ -48,7 +48,8 @@ def trains_all_weights(config: Config) -> bool:
     return trains(config) and is_off(config.get("adapter"))
 
 
-def _format(config: Config) -> dict[str, Any]:
+def qat_format(config: Config) -> dict[str, Any]:
+    """Keys of `[quantization]` that say the format to train for, where `qat` names one."""
     return FORMATS[str(config.get("qat")["weight_dtype"]).lower()]
 
 
@@ -74,7 +75,7 @@ def _weight_dtype(leaf: Leaf) -> Outcome:
     found = _of_qat(leaf)
     if found is not None:
         return found
-    keys: dict[Any, Any] = {("quantization", key): value for key, value in _format(leaf.config).items()}
+    keys: dict[Any, Any] = {("quantization", key): value for key, value in qat_format(leaf.config).items()}
     if trains_all_weights(leaf.config):
         return writes({**keys, "adapter.type": "full", AFTER: _steps(leaf.config)}, _ALL_WEIGHTS, changed=True)
     return writes({**keys, AFTER: _steps(leaf.config)}, _ADAPTER_GIVEN, changed=True)
@@ -85,7 +86,7 @@ def _group_size(leaf: Leaf) -> Outcome:
     found = _of_qat(leaf)
     if found is not None:
         return found
-    if _format(leaf.config).get("weight_dtype") == "int4":
+    if qat_format(leaf.config).get("weight_dtype") == "int4":
         return write("quantization.group_size", size)
     return drop("this format has groups of its own")
 
@@ -95,7 +96,7 @@ def _activation_dtype(leaf: Leaf) -> Outcome:
     found = _of_qat(leaf)
     if found is not None:
         return found
-    wanted, weights = ACTIVATIONS.get(name), _format(leaf.config).get("weight_dtype", "mxfp4")
+    wanted, weights = ACTIVATIONS.get(name), qat_format(leaf.config).get("weight_dtype", "mxfp4")
     if wanted is None or weights != wanted:
         return refuse(
             f"no reader of {weights} weights rounds activations to {name} here; int8 goes with int8 weights, fp8 with "
@@ -107,7 +108,12 @@ def _activation_dtype(leaf: Leaf) -> Outcome:
 def _after_steps(leaf: Leaf) -> Outcome:
     steps = whole(leaf.value)
     found = _of_qat(leaf)
-    return found if found is not None else write(AFTER, steps)
+    if found is not None:
+        return found
+    last = leaf.config.whole("max_steps")
+    if last and steps >= last:
+        return refuse(f"rounding never begins within max_steps: {last}; name fewer steps, or leave qat out")
+    return write(AFTER, steps)
 
 
 def _embedding(leaf: Leaf) -> Outcome:

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from quantune.recipe.migrate.data import evaluates
+from quantune.recipe.migrate.qat import trains
 from quantune.recipe.migrate.quantization import PRECISION, spelled
 from quantune.recipe.migrate.rule import (
     Config,
@@ -241,6 +242,8 @@ def _offloading(leaf: Leaf) -> Outcome:
 
 def _compile(leaf: Leaf) -> Outcome:
     on = (isinstance(leaf.value, str) and leaf.value.lower() == "auto") or flag(leaf.value)
+    if on and trains(leaf.config):
+        return writes({}, "qat packs each weight outside of graphs; nothing is compiled", changed=True)
     return write("training.compile", on)
 
 
