@@ -118,7 +118,8 @@ def _main(arguments: list[str], output: Path, errors: Path, before: Callable[[],
     sys.path[:0] = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder not in sys.path]
     importlib.invalidate_caches()
     sys.argv = ["quantune", *arguments]
-    console.given_arguments()[:] = arguments  # kept when the module was imported
+    console.given_arguments()[:] = arguments  # kept when the module was imported, as the width may have been
+    console.out.width = console.err.width = int(os.environ["COLUMNS"])
     try:
         before()
         quantune.cli.main()
