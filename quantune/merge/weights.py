@@ -182,7 +182,8 @@ class MergeJob:
     def tensors(self, unit: Unit) -> Iterable[tuple[str, Tensor]]:
         if not any(self.touches(name, unit) for name in unit.parameters):
             for name, key in zip(unit.outputs, unit.keys, strict=True):
-                yield name, self.source.read(key).to(self._dtype_of(key))
+                tensor, dtype = self.source.read(key), self._dtype_of(key)
+                yield name, tensor if tensor.dtype == dtype else self._rounded(name, tensor, dtype)
             return
         if isinstance(self.source, AdoptedSource) and unit.conversion is None and self._is_stack(unit):
             yield unit.outputs[0], self._adopted_stack(unit, self.source)
@@ -252,9 +253,9 @@ class MergeJob:
         if is_finite(rounded):
             return rounded
         if not is_finite(weight):
-            raise ModelError(f"{name}: base and adapter together hold NaN or infinity; nothing was merged")
+            raise ModelError(f"{name}: what would be written holds NaN or infinity; nothing was merged")
         raise ModelError(
-            f"{name}: base and adapter together reach {weight.abs().max():.3g}, more than {_short(dtype)} holds; use "
+            f"{name}: what would be written reaches {weight.abs().max():.3g}, more than {_short(dtype)} holds; use "
             "--dtype bf16"
         )
 
