@@ -171,7 +171,7 @@ def merge(
             do = compare_ways if compare else merge
             made = do(request, choose_device(device.value), observer)
     except KeyboardInterrupt:  # typer would end without a word
-        _aborted(where_to)
+        print_aborted(where_to)
         raise typer.Exit(EXIT_ABORTED) from None
     _print(made, as_json=as_json, way="packed, aware" if aware else onto.value)
 
@@ -315,7 +315,7 @@ def _is_run(folder: Path) -> bool:
     return (folder / "status.json").is_file()
 
 
-def _aborted(out_folder: Path) -> None:
+def print_aborted(out_folder: Path) -> None:
     """Say what Ctrl-C left."""
     partial = out_folder.with_name(out_folder.name + PARTIAL)
     left = f"what is complete waits in {partial}, and the same command goes on with it" if partial.exists() else ""

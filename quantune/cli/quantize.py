@@ -11,8 +11,8 @@ from rich.markup import escape
 
 from quantune.cli.compare import Device, named_model
 from quantune.cli.console import out, quiet_libraries, size, table
-from quantune.cli.merge import ConsoleObserver
-from quantune.errors import InputError
+from quantune.cli.merge import ConsoleObserver, print_aborted
+from quantune.errors import EXIT_ABORTED, InputError
 from quantune.quantize import REPORT
 from quantune.quantize.choice import choose
 from quantune.recipe.schema import ModelConfig
@@ -65,23 +65,27 @@ def quantize(
     require_shard_size(max_shard_size)
     require_free(folder, REPORT, overwrite=overwrite)
     config = ModelConfig(base=named_model(model), trust_remote_code=trust_remote_code)
-    with ConsoleObserver(quiet=as_json) as observer:
-        observer.phase("importing torch and transformers")
-        quiet_libraries()
-        from quantune.model.base import open_base
-        from quantune.model.device import choose_device
-        from quantune.quantize.quantize import quantize as pack
+    try:
+        with ConsoleObserver(quiet=as_json) as observer:
+            observer.phase("importing torch and transformers")
+            quiet_libraries()
+            from quantune.model.base import open_base
+            from quantune.model.device import choose_device
+            from quantune.quantize.quantize import quantize as pack
 
-        base = open_base(config, allow_remote_code=trust_remote_code)
-        made = pack(
-            base,
-            choice,
-            folder,
-            device=choose_device(device.value),
-            observer=observer,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-        )
+            base = open_base(config, allow_remote_code=trust_remote_code)
+            made = pack(
+                base,
+                choice,
+                folder,
+                device=choose_device(device.value),
+                observer=observer,
+                max_shard_size=max_shard_size,
+                overwrite=overwrite,
+            )
+    except KeyboardInterrupt:  # typer would end without a word
+        print_aborted(folder)
+        raise typer.Exit(EXIT_ABORTED) from None
     if as_json:
         out.print_json(json.dumps({"folder": str(made.folder), **made.as_dict()}, allow_nan=False))
     else:

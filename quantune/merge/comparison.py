@@ -135,6 +135,12 @@ def warning(way: str, kept: float | None) -> str | None:
     if kept is None or kept >= ENOUGH:
         return None
     much = "none" if kept <= 0 else f"only {kept:.0%}"
+    if way == "dequantized":
+        return (
+            f"{way} keeps {much} of the adapter's improvement: it is smaller than a rounding of the weights, or was "
+            "trained with rounded activations; --dtype fp32 keeps all that weights can hold, and so does serving the "
+            "base with the adapter beside it"
+        )
     why = "it was trained on other weights" if way == "original" else "the rounding of the weights drowns it"
     aware = "--aware keeps more of it; " if way == "packed" else ""
     return (

@@ -140,7 +140,9 @@ def prepare(opened: Opened, request: MergeRequest, stored: Source) -> tuple[Merg
     job = _job(opened, request, stored)
     found = units(opened.model, job.source.specs)
     require_places(opened, found)
-    packing = plan_packed(opened, found, job.source, job.main_dtype) if request.onto == "packed" else None
+    packing = (
+        plan_packed(opened, found, job.source, request.dtype or job.main_dtype) if request.onto == "packed" else None
+    )
     return job, with_head(found, opened.model) if opened.untied else found, packing
 
 

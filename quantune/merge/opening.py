@@ -114,7 +114,7 @@ def require_same_base(opened: Opened, request: MergeRequest, observer: Observer)
         return
     observer.phase("comparing the base with the one that was trained on")
     for trained in request.adapters:
-        _require_same(trained, opened.base, opened.folder, observer)
+        _require_same(trained, opened.base, opened.folder, observer, packs=request.onto == "dequantized")
 
 
 def require_places(opened: Opened, found: Sequence[Unit]) -> None:
@@ -137,9 +137,10 @@ def with_head(found: Sequence[Unit], model: PreTrainedModel) -> list[Unit]:
     A checkpoint may have stored it as well; transformers tied it to the embedding all the same.
     """
     inner, outer = end_names(model)
-    embedding = next(unit for unit in found if unit.parameters == (inner,))
-    head = attrs.evolve(embedding, parameters=(outer,), written_as=checkpoint_name(model, outer))
-    return [*(unit for unit in found if unit.parameters != (outer,)), head]
+    stored = {unit.parameters: unit for unit in found if unit.parameters in ((inner,), (outer,))}
+    tied = stored.get((inner,)) or stored[(outer,)]  # the embedding's, where both are there
+    ends = [attrs.evolve(tied, parameters=(name,), written_as=checkpoint_name(model, name)) for name in (inner, outer)]
+    return [*(unit for unit in found if unit.parameters not in stored), *ends]
 
 
 def end_names(model: PreTrainedModel) -> tuple[str, str]:
@@ -157,6 +158,11 @@ def _updates(request: MergeRequest, base: Base, device: torch.device) -> Update:
         return loaded[0]
     for update, adapter in zip(loaded, request.adapters, strict=True):
         require_plain(update, adapter.folder)
+        if update.experts.keys() != loaded[0].experts.keys():
+            raise ModelError(
+                "several adapters on experts can be merged where all have the same target_parameters, and the one in "
+                f"{adapter.folder} has others than the first; merge it alone"
+            )
     return WeightedUpdate(parts=tuple(zip(loaded, request.weights, strict=True)))
 
 
@@ -178,7 +184,8 @@ def _require_packer(model: ModelConfig) -> None:
         )
 
 
-def _require_same(adapter: TrainedAdapter, base: Base, folder: Path, observer: Observer) -> None:
+def _require_same(adapter: TrainedAdapter, base: Base, folder: Path, observer: Observer, *, packs: bool) -> None:
+    """See `require_same_base`; `packs`: the merge will compare what the base packs to."""
     revision = adapter.fingerprints.get(REVISION)
     here = getattr(base.config, "_commit_hash", None)
     if revision is not None and here is not None and revision != here:
@@ -190,7 +197,7 @@ def _require_same(adapter: TrainedAdapter, base: Base, folder: Path, observer: O
     if isinstance(then, Mapping):
         require_same_files(adapter, hash_files([folder / "config.json"]))  # quick, before all of it is read
         require_same_files(adapter, hash_files(folder.glob("*.safetensors")))
-    elif (revision is None or here is None) and PACKED not in adapter.fingerprints:
+    elif (revision is None or here is None) and not (packs and PACKED in adapter.fingerprints):
         named = adapter.base_named()
         other = "" if named in (None, base.name, base.source) else f", and the adapter itself names {named}"
         observer.warning(

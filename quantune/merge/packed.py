@@ -104,7 +104,9 @@ class PackedMerge(Packing):
     def tensors(self, unit: Unit) -> Iterable[tuple[str, Tensor]]:
         source = self.merge.source
         untouched = self.merge.changed.isdisjoint(unit.parameters)
-        if isinstance(source, AdoptedSource) and untouched and unit.keys[0] in source.packed:
+        kept = isinstance(source, AdoptedSource) and untouched and source.packed.keys() >= {*unit.keys}
+        if kept and self.packer.parts.keys() >= {*unit.keys}:  # not what the recipe skips: that is dense now
+            assert isinstance(source, AdoptedSource)
             for key in unit.keys:
                 yield from self.packer.tensors(self.packer.parts[key], list(source.weights(key))).items()
             return

@@ -31,9 +31,16 @@ class TrainedAdapter:
     """The folder of the run, where it is one that was named."""
 
     def base_named(self) -> str | None:
-        """The base that the adapter's own configuration names."""
-        config = json.loads((self.folder / "adapter_config.json").read_text(encoding="utf-8"))
-        name = config.get("base_model_name_or_path")
+        """The base that the adapter's own configuration names.
+
+        Raises:
+            ModelError: it can't be read.
+        """
+        file = self.folder / "adapter_config.json"
+        try:
+            name = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ModelError(f"{file} can't be read: {error}") from error
         return str(name) if name else None
 
     def digest(self) -> str:

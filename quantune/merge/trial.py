@@ -18,12 +18,13 @@ from quantune.merge.prompts import FEW_TOKENS, MAX_TOKENS, Prompts, prompts_of
 from quantune.merge.request import MergeRequest, Observer
 from quantune.merge.verify import Verification
 from quantune.merge.weights import Onto
-from quantune.model.adapter import NAME, adapter_tensors, custom_modules
+from quantune.model.adapter import NAME, adapter_tensors, compute_experts, custom_modules
 from quantune.model.base import open_base
 from quantune.model.device import choose_precision
 from quantune.model.load import load_model
 from quantune.model.qat import round_inputs
 from quantune.model.trained import hold_dense_in, load_trained_adapter, load_trained_base
+from quantune.model.vocabulary import Additions, fill_with_mean
 from quantune.quantized.rounding import Rounding
 from quantune.recipe.schema import ModelConfig
 
@@ -72,7 +73,7 @@ def is_exact(opened: Opened, onto: Onto) -> bool:
     make a model do; packed it does where weights were rounded in training as packing rounds them.
     """
     if onto == "packed":
-        return opened.rounding is not None
+        return opened.rounding is not None and reader_activations(opened) == activations(opened)
     trained_on = onto == "dequantized" or opened.base.quantization is None  # then the original is what was trained on
     return trained_on and activations(opened) is None
 
@@ -103,6 +104,7 @@ def load_reference(opened: Opened, request: MergeRequest) -> PeftModel:
         device=opened.device,
         rounding=opened.rounding,
     )
+    _hold_new_rows(model, opened)
     adapted = load_trained_adapter(model, request.adapters[0].folder, precision=precision, rounding=opened.rounding)
     names = [NAME]
     for index, adapter in enumerate(request.adapters[1:], 2):
@@ -112,6 +114,7 @@ def load_reference(opened: Opened, request: MergeRequest) -> PeftModel:
         adapted.add_adapter(names[-1], config)
         set_peft_model_state_dict(adapted, adapter_tensors(adapter.folder), adapter_name=names[-1])
     hold_dense_in(adapted, opened.dtype)  # the others may be on other layers
+    compute_experts(adapted)
     if len(names) > 1 or request.weights != (1.0,):
         adapted.base_model.set_adapter(names)  # type: ignore[operator]  # a tuner
         for layer in adapted.modules():
@@ -120,6 +123,20 @@ def load_reference(opened: Opened, request: MergeRequest) -> PeftModel:
                     if name in layer.scaling:
                         layer.scaling[name] *= weight
     return adapted
+
+
+@torch.no_grad()
+def _hold_new_rows(model: PreTrainedModel, opened: Opened) -> None:
+    """Give the rows of added tokens the values that the run had: their mean is computed in its dtype."""
+    if opened.base.additions == Additions():
+        return
+    old = int(opened.base.config.get_text_config().vocab_size)
+    for end in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight: Any = getattr(end, "weight", None)
+        if weight is not None and len(weight) > old:
+            computed = weight.to(opened.dtype, copy=True)
+            fill_with_mean(computed, old)
+            weight[old:] = computed[old:].to(weight.dtype)
 
 
 def load_merged(folder: Path, opened: Opened, *, packed: bool) -> PreTrainedModel:

@@ -21,6 +21,7 @@ from quantune.merge.opening import open_merge, require_onto, require_same_base
 from quantune.merge.request import MergeRequest, Observer
 from quantune.merge.trial import load_merged, load_reference, prompts_for, require_memory
 from quantune.merge.weights import Onto
+from quantune.streaming.output import LOCK
 
 WAYS: dict[str, tuple[Onto, bool]] = {
     "dequantized": ("dequantized", False),
@@ -68,22 +69,30 @@ def compare_ways(request: MergeRequest, device: torch.device, observer: Observer
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[Path]:
-    """A folder for merged models that are not kept, held by this process; what one that died left is removed."""
+    """A folder for merged models that are not kept, held by this process; what one that died left is removed.
+
+    Raises:
+        InputError: it can't be written, or is somebody else's.
+        FolderInUseError: another process holds it.
+    """
+    mark = folder / LOCK
+    if folder.is_dir() and not mark.is_file() or folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is where merged models are compared, and is not quantune's; move it away")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
+        lock = os.open(mark, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise InputError(f"{folder}, for what is compared, can't be written: {error.strerror}") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        for left in folder.iterdir():
-            shutil.rmtree(left)
-        yield folder
-        shutil.rmtree(folder)
     except BlockingIOError:
+        os.close(lock)
         raise FolderInUseError(f"{folder} is in use by another comparison; wait for it") from None
-    except Exception:
+    try:
+        for left in folder.iterdir():
+            if left != mark:
+                shutil.rmtree(left)
+        yield folder
+    finally:  # also when it is interrupted: these are models, and nobody asked for them
         shutil.rmtree(folder, ignore_errors=True)
-        raise
-    finally:
         os.close(lock)

@@ -241,7 +241,7 @@ class MergeJob:
     def _weight(self, name: str, value: Tensor, expert: int | None, unit: Unit) -> Tensor:
         if name not in self.changed and name not in self.base.packed and not self._split(name):
             return value.float()
-        if self.onto == "original":
+        if self.onto == "original" and self.base.plan is not None:
             weight = self.base.unpacked(name, value, expert)
         else:
             weight = self.base.dense(name, value, expert, dequantized=unit.keys[0] in self.quantized)
@@ -302,7 +302,7 @@ def _grown(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     more = weight.new_empty(rows - len(weight), *weight.shape[1:])
     computed = torch.cat([weight, more]).to(dtype)
     fill_with_mean(computed, len(weight))
-    return torch.cat([weight, computed[len(weight) :].to(weight.dtype)])
+    return torch.cat([weight.float(), computed[len(weight) :].float()])
 
 
 def _is_parameter(model: nn.Module, name: str) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,7 +84,7 @@ def attach(
     torch.manual_seed(seed)
     with _whole_weights(model):
         peft_model = get_peft_model(model, lora)
-    _compute_experts(peft_model)
+    compute_experts(peft_model)
     peft_model.peft_config[NAME].base_model_name_or_path = base_name
     compute_dtype = model.dtype
     _train_in_fp32(peft_model)
@@ -124,7 +123,7 @@ def custom_modules(model: nn.Module, *, rounds: bool = False) -> dict[type[nn.Mo
     }
 
 
-def _compute_experts(model: PeftModel) -> None:
+def compute_experts(model: PeftModel) -> None:
     """Let quantune's function compute experts that have an adapter: it is the one that knows of it."""
     if any(isinstance(module, ParamWrapper) for module in model.modules()):
         inner: Any = model.get_base_model()
@@ -240,9 +239,9 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, rounds: bool = False) 
         if isinstance(config.init_lora_weights, str):  # the base was loaded without the adapter's share
             config.init_lora_weights = True
         loaded = PeftModel.from_pretrained(model, str(folder), config=config)
-    except (RuntimeError, ValueError, json.JSONDecodeError) as error:
+    except (RuntimeError, ValueError) as error:
         raise ModelError(f"the adapter in {folder} does not fit the base: {error}") from error
-    _compute_experts(loaded)
+    compute_experts(loaded)
     full = _whole_modules(loaded) if model.dtype != torch.float32 else []
     for module in full:
         module.float()

@@ -8,7 +8,7 @@ from typing import Protocol
 import attrs
 from huggingface_hub.serialization import split_state_dict_into_shards_factory
 from torch import Tensor
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from quantune.checkpoint.commit import sync
 from quantune.streaming.mapping import Unit
@@ -104,7 +104,7 @@ def rewrite(
                 writer.abandon()
             output.finish_file(file, job.notes)
     written = _written(output, files)
-    if len(files) > 1:
+    if files.keys() != {SAFE_WEIGHTS_NAME}:
         with disk_errors(output.target):
             write_index(output.partial / SAFE_WEIGHTS_INDEX_NAME, files, written)
             sync(output.partial / SAFE_WEIGHTS_INDEX_NAME)

@@ -1,5 +1,7 @@
 """Onto the original and onto packed weights; several adapters at once; what a merge says of itself."""
 
+import shutil
+
 import attrs
 import pytest
 import torch
@@ -7,6 +9,7 @@ from merge.conftest import CPU, TOKENS, Quiet, train
 from merge.test_exact import answers
 from safetensors.torch import load_file
 from support import FORMATS, quantization
+from transformers import AutoModelForCausalLM
 
 from quantune.errors import InputError, ModelError, VerificationError
 from quantune.merge.merge import merge
@@ -15,6 +18,7 @@ from quantune.merge.request import Setting, require_one_setting
 from quantune.merge.trained import TrainedAdapter
 from quantune.merge.trial import load_reference
 from quantune.merge.updates import AdapterUpdate
+from quantune.merge.ways import compare_ways
 from quantune.model.base import open_base
 from quantune.model.load import load_model
 from quantune.recipe.schema import AdapterConfig, ModelConfig, QatConfig
@@ -158,3 +162,54 @@ def test_quantized_base_has_no_original(bases, tmp_path):
     trained = train(bases["deepseek_fp8"], tmp_path / "adapter", targets=("o_proj",))
     with pytest.raises(InputError, match=r"itself is quantized \(fp8\), .* use --onto dequantized"):
         trained.merge(tmp_path / "merged", onto="original")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_packed_merge_computes_in_the_dtype_that_was_asked_for(dtype, bases, tmp_path):
+    trained = train(bases["llama"], tmp_path / "adapter", quantization(backend="torchao", weight_dtype="fp8"))
+    merged = trained.merge(tmp_path / "packed", onto="packed", dtype=dtype)
+    with torch.no_grad():
+        assert AutoModelForCausalLM.from_pretrained(merged)(TOKENS).logits.dtype == dtype
+
+
+def test_layers_that_a_recipe_skips_of_a_packed_base_are_dense_in_a_packed_merge(bases, tmp_path):
+    first = train(bases["llama"], tmp_path / "first", quantization(backend="torchao", weight_dtype="int8"))
+    base = first.merge(tmp_path / "base", onto="packed", dtype=None)
+    for path in bases["llama"].glob("tokenizer*"):
+        shutil.copy(path, base)
+    options = quantization(skip=("o_proj",), backend="torchao", weight_dtype="int8")
+    trained = train(base, tmp_path / "adapter", options, targets=("q_proj",))
+    merged = load_file(trained.merge(tmp_path / "merged", onto="packed", dtype=None) / "model.safetensors")
+    assert merged["model.layers.0.self_attn.o_proj.weight"].dtype == torch.bfloat16
+    assert "model.layers.0.self_attn.k_proj._weight_qdata" in merged
+
+
+def test_adapters_on_other_experts_are_refused_together(bases, tmp_path):
+    first = train(bases["mixtral"], tmp_path / "first", NF4)
+    other = train(bases["mixtral"], tmp_path / "other", NF4, target_parameters=("mlp.experts.down_proj",))
+    adapters = tuple(
+        TrainedAdapter(folder=one.folder, recipe=None, fingerprints={}, run=None) for one in (first, other)
+    )
+    with pytest.raises(ModelError, match="all have the same target_parameters, and the one in .*other has others"):
+        merge(attrs.evolve(first.request(tmp_path / "m"), adapters=adapters, weights=(1.0, 1.0)), CPU, Quiet())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_that_nobody_trained_are_those_of_the_run(precision, tmp_path):
+    model = ModelConfig(base="builtin:mini", added_tokens=("<one>",))
+    trained = train("builtin:mini", tmp_path / "adapter", NF4, model=model, precision=precision)
+    merge(trained.request(tmp_path / "merged", verify=True), CPU, Quiet())
+
+
+def test_original_of_an_unquantized_base_is_what_was_trained_on(tmp_path):
+    trained = train("builtin:mini", tmp_path / "adapter", init="pissa", precision="bf16")
+    merge(trained.request(tmp_path / "merged", onto="original", verify=True), CPU, Quiet())
+
+
+def test_what_is_compared_leaves_other_folders_alone(tmp_path):
+    trained = train("builtin:mini", tmp_path / "adapter", NF4)
+    (tmp_path / "merged.compare").mkdir()
+    (tmp_path / "merged.compare" / "table.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not quantune's; move it away"):
+        compare_ways(trained.request(tmp_path / "merged"), CPU, Quiet())
+    assert (tmp_path / "merged.compare" / "table.txt").read_text() == "mine"

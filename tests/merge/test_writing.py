@@ -257,3 +257,14 @@ def test_report_says_what_was_merged(on_llama, tmp_path):
     found = json.loads((on_llama.merge(tmp_path / "merged") / "merge.json").read_text())
     assert found["onto"] == "dequantized" and found["merged"] == 14 and found["dtype"] == "float32"
     assert attrs.asdict(NF4)["options"]["weight_dtype"] == found["quantization"]["options"]["weight_dtype"]
+
+
+def test_base_of_one_file_with_an_index_stays_one(bases, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(bases["llama"], base)
+    name = "model-00001-of-00001.safetensors"
+    (base / "model.safetensors").rename(base / name)
+    weight_map = dict.fromkeys(load_file(base / name), name)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    trained = train(base, tmp_path / "adapter", NF4)
+    torch.testing.assert_close(answers(trained.merge(tmp_path / "m")), trained.logits, rtol=1e-4, atol=1e-4)
