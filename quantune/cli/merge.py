@@ -196,6 +196,8 @@ def print_result(result: MergeResult, way: str) -> None:
     parts = [f"{result.merged} weights merged"]
     if result.dequantized:
         parts.append(f"{result.dequantized} dequantized as they were trained on")
+    if result.packed:
+        parts.append(f"{result.packed} packed as they were trained on")
     parts.append(f"{result.kept} tensors as they were")
     out.print(f"[bold]{escape(str(result.folder))}[/]  {size(result.nbytes)} in {result.seconds:.1f} s")
     onto = way.partition(",")[0]
@@ -274,6 +276,11 @@ def _weighted(text: str) -> tuple[Path, float]:
 def _recipes(adapters: tuple[TrainedAdapter, ...], base: str | None, recipe: Path | None) -> tuple[Recipe | None, ...]:
     """How each adapter was trained, None where nobody says."""
     overrides = () if base is None else (f"model.base={json.dumps(base)}",)
+    told = next((adapter for adapter in adapters if adapter.recipe is not None), None)
+    if recipe is not None and told is not None:
+        raise InputError(
+            f"--recipe: {told.folder} says itself how its adapter was trained, in {told.recipe}; leave it out"
+        )
     sources = [recipe or adapter.recipe for adapter in adapters]
     return tuple(None if source is None else open_recipe(source, overrides, data=False) for source in sources)
 
@@ -308,7 +315,8 @@ def _out(named: list[tuple[Path, float]], given: Path | None, compare: bool) -> 
     run = folder.parent if folder.resolve().name == "adapter" and _is_run(folder.parent) else folder
     if compare or (len(named) == 1 and (_is_run(run) or not folder.is_dir())):
         return run / "merged"
-    raise InputError("expected --out DIR: only the merge of one run has a place of its own")
+    what = "an adapter folder" if len(named) == 1 else "the sum of several adapters"
+    raise InputError(f"expected --out DIR: {what} has no run to put the merged model into")
 
 
 def _is_run(folder: Path) -> bool:
@@ -318,5 +326,6 @@ def _is_run(folder: Path) -> bool:
 def print_aborted(out_folder: Path) -> None:
     """Say what Ctrl-C left."""
     partial = out_folder.with_name(out_folder.name + PARTIAL)
-    left = f"what is complete waits in {partial}, and the same command goes on with it" if partial.exists() else ""
+    complete = any(partial.glob("*.safetensors"))
+    left = f"what is complete waits in {partial}, and the same command goes on with it" if complete else ""
     err.print(f"[bold yellow]aborted[/]{': ' if left else ''}{escape(left)}")

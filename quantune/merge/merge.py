@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +114,7 @@ def write(opened: Opened, request: MergeRequest, observer: Observer, trial: Try 
             )
         result = MergeResult(
             folder=request.out,
-            merged=len(opened.update.names()),
-            dequantized=len(job.base.packed - opened.update.names()) if request.onto == "dequantized" else 0,
-            packed=len(packing.parts) if packing is not None else 0,
-            kept=sum(not any(job.touches(name, unit) for name in unit.parameters) for unit in found),
+            **_counts(job, found, packing),
             nbytes=nbytes,
             seconds=time.perf_counter() - begun,
             dtype=str(dtype).removeprefix("torch."),
@@ -144,6 +141,21 @@ def prepare(opened: Opened, request: MergeRequest, stored: Source) -> tuple[Merg
         plan_packed(opened, found, job.source, request.dtype or job.main_dtype) if request.onto == "packed" else None
     )
     return job, with_head(found, opened.model) if opened.untied else found, packing
+
+
+def _counts(job: MergeJob, found: Sequence[Unit], packing: Packer | None) -> dict[str, int]:
+    """How many weights were merged, how many others are what packing makes of them, and what stays as it was."""
+    parts = {} if packing is None else packing.parts
+    there = {name for unit in found for name in unit.parameters}
+    packed = {parts[key].parameter for unit in found for key in unit.keys if key in parts}
+    dense = job.base.packed if job.onto == "dequantized" else frozenset()
+    untouched = [unit for unit in found if not any(job.touches(name, unit) for name in unit.parameters)]
+    return {
+        "merged": len(job.changed & there),
+        "dequantized": len((dense & there) - job.changed),
+        "packed": len(packed - job.changed),
+        "kept": sum(len(unit.keys) for unit in untouched if parts.keys().isdisjoint(unit.keys)),
+    }
 
 
 def _tried(trial: Try, output: Output, dtype: torch.dtype) -> Verification | None:
@@ -228,6 +240,7 @@ def _compare_packed(request: MergeRequest, digests: Mapping[str, str], output: O
 def _report(result: MergeResult, request: MergeRequest, identity: Mapping[str, Any]) -> str:
     document = {
         **{key: identity[key] for key in ("adapters", "base", "quantization", "onto", "aware", "versions")},
+        "forced": request.force,
         "dtype": result.dtype,
         "merged": result.merged,
         "dequantized": result.dequantized,

@@ -145,7 +145,7 @@ class MergeResult:
     dequantized: int
     """Weights that are only what packing made of them."""
     packed: int
-    """Tensors of the base that are packed."""
+    """Weights that are packed as they were trained on, with nothing added."""
     kept: int
     """Tensors that are as they were."""
     nbytes: int

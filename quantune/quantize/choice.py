@@ -53,20 +53,34 @@ def choose(
     given = _settings(settings)
     if weight_dtype is not None and "weight_dtype" in given:
         raise InputError("--weight-dtype and --set weight_dtype say the same; give one of them")
+    if weight_dtype is None and "weight_dtype" not in given and _required(description.options, "weight_dtype"):
+        listing = ", ".join(description.weight_dtypes)
+        raise InputError(f"expected --weight-dtype for --backend {backend}: one of {listing}")
     chosen = choose_dtype(description, weight_dtype or given.pop("weight_dtype", None))
     if chosen is not None:
         given["weight_dtype"] = chosen
     options, findings = structure(description.options, given)
-    problems = [f"{finding.where}: {finding.message}" for finding in findings]
+    problems = [
+        f"{finding.where}: {finding.message.replace('unknown section', 'unknown option')}" for finding in findings
+    ]
     if options is not None and hasattr(options, "problems"):
         problems += [f"{key}: {message}" for key, message in options.problems()]
     if problems or options is None:
-        raise BackendError(f"backend {json.dumps(backend)} does not take these options: {'; '.join(problems)}")
+        known = ", ".join(field.name for field in attrs.fields(description.options)) or "none"
+        raise BackendError(
+            f"backend {json.dumps(backend)} can't be set like this: {'; '.join(problems)}. Its options: {known}"
+        )
     if activation_dtype is not None and activation_dtype not in _activation_dtypes(options):
         raise InputError(_no_such_activations(activation_dtype, backend, options))
     options = options.resolved() if hasattr(options, "resolved") else options
     quantization = QuantizationConfig(backend=backend, skip=tuple(skip), options=options)
     return Choice(quantization=quantization, activation_dtype=activation_dtype)
+
+
+def _required(options: type, name: str) -> bool:
+    """Whether a recipe has to set an option."""
+    field = attrs.fields_dict(options).get(name)
+    return field is not None and field.default is attrs.NOTHING
 
 
 def _settings(settings: Sequence[str]) -> dict[str, Any]:

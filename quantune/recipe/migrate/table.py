@@ -93,7 +93,8 @@ def _rule_below(path: Path) -> Rule | None:
 
 def takes_a_value(path: Path) -> bool:
     """Whether a key above this one is one that takes a value and holds no keys."""
-    return any(pattern(path[:length]) in _EXACT for length in range(1, len(path)))
+    above = [pattern(path[:length]) for length in range(1, len(path))]
+    return any(key in _EXACT and not any(other.startswith(f"{key}.") for other in _EXACT) for key in above)
 
 
 def suggestion(path: Path) -> str | None:
