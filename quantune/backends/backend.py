@@ -79,8 +79,12 @@ class Backend(abc.ABC):
         return None
 
     def with_elements(self, packed: PackedWeight, codes: Tensor) -> Mapping[str, Tensor]:
-        """The inner tensors of a packed weight with other element codes, uint8 (out features, in features)."""
-        raise NotImplementedError
+        """The inner tensors of a packed weight with other element codes, uint8 (out features, in features).
+
+        Raises:
+            QuantizationError: the format has no codes to choose, as `element_values` says.
+        """
+        raise QuantizationError(f"the backend {self.name!r} does not say how the codes of its weights are stored")
 
     def checkpoint_names(self, parameter: str) -> Mapping[str, str]:
         """What checkpoints of this format call the tensors of `export`, for a parameter called `parameter`."""

@@ -6,13 +6,13 @@ import json
 import os
 from enum import Enum
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, TimeElapsedColumn
 
+from quantune.cli.bar import Bar
 from quantune.cli.console import err, out, quiet_libraries, table
 from quantune.comparison import chart, formats
 from quantune.comparison.rows import UNQUANTIZED
@@ -99,31 +99,11 @@ def compare(
         err.print(f"chart: {escape(str(chart_file))}")
 
 
-class ConsoleObserver:
+class ConsoleObserver(Bar):
     """Shows a comparison on standard error: a progress bar for a person, a line a format otherwise."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self.quiet = quiet
-        self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=err,
-            transient=True,
-            disable=quiet or not err.is_terminal,
-        )
-        self.task = self.bar.add_task("starting", total=None)
-
-    def __enter__(self) -> ConsoleObserver:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
+        super().__init__(MofNCompleteColumn(), TimeElapsedColumn(), quiet=quiet)
 
     def start(self, rows: int) -> None:
         self.bar.update(self.task, total=rows)

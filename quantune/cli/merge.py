@@ -7,22 +7,14 @@ import math
 import os
 from enum import Enum
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import attrs
 import typer
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from quantune.cli.bar import Bar
 from quantune.cli.console import err, out, quiet_libraries, size, warning
 from quantune.cli.merge_figures import print_verification, print_ways
 from quantune.cli.recipes import open_recipe
@@ -206,32 +198,11 @@ def print_result(result: MergeResult, way: str) -> None:
         print_verification(result.verification, way=way, exact=result.exact)
 
 
-class ConsoleObserver:
+class ConsoleObserver(Bar):
     """Shows a merge on standard error: a progress bar for a person, a line a phase otherwise."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self.quiet = quiet
-        self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-            console=err,
-            transient=True,
-            disable=quiet or not err.is_terminal,
-        )
-        self.task = self.bar.add_task("starting", total=None)
-
-    def __enter__(self) -> ConsoleObserver:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
+        super().__init__(DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn(), quiet=quiet)
 
     def phase(self, text: str) -> None:
         self.bar.update(self.task, description=escape(text))

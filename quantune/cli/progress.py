@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+from quantune.cli.bar import Bar
 from quantune.cli.console import err, out, size, table
 from quantune.recipe.schema import Recipe
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 AVERAGED_STEPS = 20
 
 
-class ConsoleObserver:
+class ConsoleObserver(Bar):
     """Shows a run's events on standard error."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -27,27 +27,8 @@ class ConsoleObserver:
         self.total = 0
         self.rounding = _rounding(recipe)
         self.recent: deque[StepMetrics] = deque(maxlen=AVERAGED_STEPS)
-        self.bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            console=err,
-            transient=True,
-            disable=not err.is_terminal,
-        )
-        self.task = self.bar.add_task("starting", total=None, numbers="")
-
-    def __enter__(self) -> ConsoleObserver:
-        self.bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.bar.stop()
+        numbers = TextColumn("{task.fields[numbers]}")
+        super().__init__(MofNCompleteColumn(), numbers, TimeRemainingColumn(), numbers="")
 
     def phase(self, text: str) -> None:
         if err.is_terminal:

@@ -87,23 +87,26 @@ def choose_weights(opened: Opened, request: MergeRequest, observer: Observer) ->
 def pack_into(job: MergeJob, packer: Packer, found: Sequence[Unit], chosen: Mapping[str, PackedWeight]) -> PackedMerge:
     """`job`, its weights packed, but for those that are `chosen` already, by parameter."""
     dense = attrs.evolve(job, kept_in=dict.fromkeys(packer.parts, packer.packed_from))
-    return PackedMerge(dense=dense, merge=dense, packer=packer, units=found, chosen=chosen)
+    return PackedMerge(dense=dense, packer=packer, units=found, chosen=chosen)
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class PackedMerge(Packing):
     """Packs what is merged; what the adapter left alone keeps the bytes that it was trained with."""
 
-    merge: MergeJob
+    dense: MergeJob
     chosen: Mapping[str, PackedWeight]
     """Weights that are packed already, by parameter."""
 
     def pack(self, part: Part, tensor: Tensor) -> list[PackedWeight]:
         return [self.chosen[part.parameter]] if part.parameter in self.chosen else super().pack(part, tensor)
 
+    def measure(self, unit: Unit, part: Part, dense: Tensor, packed: Sequence[PackedWeight], nbytes: int) -> None:
+        """Nothing: what a merge loses is measured on its answers."""
+
     def tensors(self, unit: Unit) -> Iterable[tuple[str, Tensor]]:
-        source = self.merge.source
-        untouched = self.merge.changed.isdisjoint(unit.parameters)
+        source = self.dense.source
+        untouched = self.dense.changed.isdisjoint(unit.parameters)
         kept = isinstance(source, AdoptedSource) and untouched and source.packed.keys() >= {*unit.keys}
         if kept and self.packer.parts.keys() >= {*unit.keys}:  # not what the recipe skips: that is dense now
             assert isinstance(source, AdoptedSource)

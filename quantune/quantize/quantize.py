@@ -217,6 +217,11 @@ class Packing:
     def _packed(self, unit: Unit, part: Part, dense: Tensor) -> dict[str, Tensor]:
         packed = self.pack(part, dense)
         tensors = self.packer.tensors(part, packed)
+        self.measure(unit, part, dense, packed, sum(tensor.nbytes for tensor in tensors.values()))
+        return tensors
+
+    def measure(self, unit: Unit, part: Part, dense: Tensor, packed: Sequence[PackedWeight], nbytes: int) -> None:
+        """Note how far the packed weights, stored in so many bytes, are from the dense ones."""
         error = signal = 0.0
         backend = self.packer.reader.backend
         for one, weight in zip(packed, part.weights(dense), strict=True):
@@ -224,9 +229,7 @@ class Packing:
             error += power(backend.dequantize(one, torch.float32) - original)
             signal += power(original)
         first = unit.index in (None, 0) and part.key == unit.keys[0]  # fused experts count as one layer
-        nbytes = sum(tensor.nbytes for tensor in tensors.values())
         self.notes[part.key] = json.dumps([int(first), dense.numel(), nbytes, error, signal])
-        return tensors
 
 
 def _files(source: Source) -> dict[str, list[int]]:
